@@ -1,0 +1,62 @@
+"""The dispatcher: how token rows reach their experts and come back.
+
+Two movements, each the transpose of the other. `scatter` carries one row per (token, rank) to the ranks that own the
+token's experts and lays the rows out by local expert; `gather` sums over the experts of a rank first, then carries rows
+back and sums over ranks. Dispatch is scatter forward and gather backward; combine is gather forward and scatter
+backward. Payloads are plain tensors or `kernels.quantize.Quantized` rows (FP8 bytes and scales).
+
+The host blocks only in `Route` resolution (receive counts), whose exchange starts in `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class Work(Protocol):
+    """What `torch.distributed` returns for an asynchronous operation."""
+
+    def wait(self) -> Any: ...
+
+
+class Pending(Generic[T]):
+    """Communication under way. Owns the tensors until `wait`, which may be called exactly once."""
+
+    def __init__(self, works: Sequence[Work], finish: Callable[[], T]) -> None:
+        self._works: Sequence[Work] | None = works
+        self._finish: Callable[[], T] | None = finish
+
+    def wait(self) -> T:
+        if self._works is None or self._finish is None:
+            raise RuntimeError("a pending transfer was waited for twice")
+        works, finish = self._works, self._finish
+        self._works = self._finish = None
+        for work in works:
+            work.wait()
+        return finish()
+
+
+class Dispatcher(Protocol):
+    """Expert dispatch over one expert-parallel group. `experts` routed experts, split evenly and contiguously over ranks."""
+
+    experts: int
+    local_experts: int
+
+    def plan(self, expert_index_TK: torch.Tensor) -> Any:
+        """Start the exchange of counts for [tokens, top_k] expert ids; returns the route of this chunk and layer."""
+        ...
+
+    def scatter(self, route: Any, rows: Any, weights_TK: torch.Tensor | None = None, after: Any = None) -> Pending[Any]:
+        """rows [tokens, width] -> Pending of `Received` (rows by local expert). With `weights_TK` their router weights come
+        along. `after`: the event of the segment that made `rows` (None on CPU)."""
+        ...
+
+    def gather(self, route: Any, rows: torch.Tensor, weight_grads: torch.Tensor | None = None, after: Any = None) -> Pending[Any]:
+        """Expanded rows -> Pending of [tokens, width] sums; with `weight_grads` also their [tokens, top_k] gradients."""
+        ...

@@ -1,0 +1,1 @@
+"""Gradient buckets, reduction and ZeRO-1 by row ranges of named tensors."""

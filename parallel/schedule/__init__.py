@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: tables from pure functions, their checker, simulator and drawing."""
