@@ -1,13 +1,13 @@
 """What the token stream promises: the manifest, the plan, step batches with their denominators, and the state.
 
-The stream is a function `(manifest, plan, seed, sample index) -> tokens`. Order, packing and mixture never depend on how many ranks
-read it. Batch metadata (labels, positions, MTP tokens, document ids) is read by index at every stage that needs it and
-never travels between stages.
+The stream is a function `(manifest, plan, seed, sample index) -> tokens`. Order, packing and mixture never depend on
+how many ranks read it. Batch metadata (labels, positions, MTP tokens, document ids) is read by index at every stage that
+needs it and never travels between stages.
 
-Documents are stored as `BOS + tokens + EOS`. A packed sequence holds whole documents (or pieces of documents longer than the
-sequence); position i predicts token i + 1. A label is IGNORE where the next token belongs to another
-document or piece, or is padding. MTP depth k (1-based) at position i sees the embedding of token i + k and predicts token
-i + k + 1; its label is IGNORE unless both lie in the same document piece as i.
+Documents are stored as `BOS + tokens + EOS`. A packed sequence holds whole documents (or pieces of documents longer than
+the sequence); position i predicts token i + 1. A label is IGNORE where the next token belongs to another document or
+piece, or is padding. MTP depth k (1-based) at position i sees the embedding of token i + k and predicts token i + k + 1;
+its label is IGNORE unless both lie in the same document piece as i.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Block:
-    """A token block on disk: `file` (uint32 little-endian tokens), its document offsets, and the digests that guard it."""
+    """A token block on disk: `file` (uint32 little-endian tokens), its document offsets, and digests that guard it."""
 
     file: str
     documents: int
@@ -81,8 +81,8 @@ class MicroBatch:
 class StepCounts:
     """Denominators of a whole step over all ranks and micro-batches, from the index alone.
 
-    main: labels that count. mtp: the same per depth. sequences: for the sequence-wise balance loss. tokens: real (unpadded) tokens,
-    which advance the schedules. sources: main labels per source name.
+    main: labels that count. mtp: the same per depth. sequences: for the sequence-wise balance loss. tokens: real
+    (unpadded) tokens, which advance the schedules. sources: main labels per source name.
     """
 
     main: int

@@ -43,7 +43,7 @@ class Pending(Generic[T]):
 
 
 class Dispatcher(Protocol):
-    """Expert dispatch over one expert-parallel group. `experts` routed experts, split evenly and contiguously over ranks."""
+    """Expert dispatch over one expert-parallel group: `experts` routed experts, split evenly, contiguously over ranks."""
 
     experts: int
     local_experts: int
@@ -53,10 +53,12 @@ class Dispatcher(Protocol):
         ...
 
     def scatter(self, route: Any, rows: Any, weights_TK: torch.Tensor | None = None, after: Any = None) -> Pending[Any]:
-        """rows [tokens, width] -> Pending of `Received` (rows by local expert). With `weights_TK` their router weights come
-        along. `after`: the event of the segment that made `rows` (None on CPU)."""
+        """rows [tokens, width] -> Pending of `Received` (rows by local expert). With `weights_TK` their router weights
+        come along. `after`: the event of the segment that made `rows` (None on CPU)."""
         ...
 
-    def gather(self, route: Any, rows: torch.Tensor, weight_grads: torch.Tensor | None = None, after: Any = None) -> Pending[Any]:
-        """Expanded rows -> Pending of [tokens, width] sums; with `weight_grads` also their [tokens, top_k] gradients."""
+    def gather(
+        self, route: Any, rows: torch.Tensor, weight_grads: torch.Tensor | None = None, after: Any = None
+    ) -> Pending[Any]:
+        """Expanded rows -> Pending of [tokens, width] sums; with `weight_grads` their [tokens, top_k] gradients too."""
         ...

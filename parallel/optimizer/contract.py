@@ -1,12 +1,12 @@
-"""Where weight gradients go: parameters by canonical name, replica groups, buckets, row-range shards, one optimizer protocol.
+"""Where weight gradients go: parameters by canonical name, replica groups, buckets, row-range shards, one protocol.
 
 A *canonical tensor* is a layout-free named tensor of the model (`layers.17.experts.42.gate_up.weight`, `embed.weight`).
 A rank's `nn.Parameter` is one canonical tensor, or several stacked along its first dimension (all local experts of a
 layer). Replica groups belong to canonical tensors: the sorted global ranks that hold a copy.
 
 Every element of every canonical tensor is *owned* by exactly one rank in the world, which holds its FP32 master and
-BF16 moments (ZeRO-1, row ranges in units of 128 rows; small tensors whole). So the global gradient norm is a plain sum over ranks
-and a checkpoint is slices of named tensors, free of layout.
+BF16 moments (ZeRO-1, row ranges in units of 128 rows; small tensors whole). So the global gradient norm is a plain sum
+over ranks and a checkpoint is slices of named tensors, free of layout.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Part:
 class ParameterSpec:
     """One `nn.Parameter` of this rank.
 
-    parts: its canonical tensors in row order. replicas: global ranks holding the same parts, sorted. bucket: name of the
-    gradient bucket (`layers.3.dense`, `layers.3.experts`); the parameters of one bucket share `replicas`.
+    parts: its canonical tensors in row order. replicas: global ranks holding the same parts, sorted. bucket: name of
+    the gradient bucket (`layers.3.dense`, `layers.3.experts`); the parameters of one bucket share `replicas`.
     uses: weight-gradient contributions per chunk by (direction) of the pipeline, e.g. {0: 1} or {0: 1, 1: 1}.
     decay: takes weight decay.
     """
@@ -64,7 +64,7 @@ class RowRange:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What a step did. grad_norm: before clipping, over every canonical tensor once. skipped: non-finite norm, nothing changed."""
+    """What a step did. grad_norm: before clipping, every canonical tensor once. skipped: norm not finite, no change."""
 
     grad_norm: float
     clip_coefficient: float
@@ -92,7 +92,8 @@ class ShardedOptimizer(GradientSink, Protocol):
         ...
 
     def initialize(self, value: Callable[[str, int, int], torch.Tensor]) -> None:
-        """Fill the masters from `value(name, first_row, last_row)` -> (rows, columns) in FP32, clear moments, publish to parameters."""
+        """Fill the masters from `value(name, first_row, last_row)` -> (rows, columns) in FP32, clear moments, publish to
+        parameters."""
         ...
 
     def shards(self) -> Iterable[tuple[RowRange, dict[str, torch.Tensor]]]:

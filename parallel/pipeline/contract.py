@@ -1,9 +1,9 @@
 """Chunk programs and the stage protocol: what the executor drives.
 
-A chunk's forward and backward are generators ("programs"). A program yields the *name of the step it is about to run* at
-every step boundary; an `F&B` pair is two programs advanced by a fixed, declared order (`DEFAULT_ORDER`,
-`PUBLISHED_ORDER`). Steps a layer lacks are passed over; steps not in the order (embed, head) run when their program's turn
-comes. No context manager is ever held across a yield.
+A chunk's forward and backward are generators ("programs"). A program yields the *name of the step it is about to run*
+at every step boundary; an `F&B` pair is two programs advanced by a fixed, declared order (`DEFAULT_ORDER`,
+`PUBLISHED_ORDER`). Steps a layer lacks are passed over; steps not in the order (embed, head) run when their program's
+turn comes. No context manager is ever held across a yield.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PipelineStage(Protocol):
     """One stage of one direction on this rank. Holds what each live chunk keeps between F and B."""
 
     def boundary_shape(self, chunk: int) -> tuple[int, ...]:
-        """Shape of the activation (and its gradient) that enters this stage for `chunk`; derived, never communicated."""
+        """Shape of the activation (and its gradient) that enters this stage for `chunk`: derived, not communicated."""
         ...
 
     def forward_program(self, chunk: int, received: Pending[torch.Tensor] | None) -> Program:

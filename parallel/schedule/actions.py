@@ -26,7 +26,7 @@ class Op(StrEnum):
 
 @dataclass(frozen=True)
 class Compute:
-    """One chunk through one stage. `W` names the chunk whose queued weight gradients it must find at the queue's head."""
+    """One chunk through one stage. `W` names the chunk whose weight gradients it must find at the queue's head."""
 
     op: Op
     direction: int

