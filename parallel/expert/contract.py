@@ -43,7 +43,7 @@ class Pending(Generic[T]):
 
 
 class Dispatcher(Protocol):
-    """Expert dispatch over one expert-parallel group: `experts` routed experts, split evenly, contiguously over ranks."""
+    """Expert dispatch over one expert-parallel group: `experts` routed experts, split evenly, contiguous per rank."""
 
     experts: int
     local_experts: int

@@ -25,17 +25,15 @@ PUBLISHED_ORDER = tuple(
 )
 
 
-class WeightGrads(Protocol):
-    """Takes the bag of weight-gradient closures of one segment: run now (B) or kept for W (I)."""
-
-    def __call__(self, bag: list[Callable[[], None]]) -> None: ...
-
-
 class PipelineStage(Protocol):
     """One stage of one direction on this rank. Holds what each live chunk keeps between F and B."""
 
     def boundary_shape(self, chunk: int) -> tuple[int, ...]:
         """Shape of the activation (and its gradient) that enters this stage for `chunk`: derived, not communicated."""
+        ...
+
+    def output_shape(self, chunk: int) -> tuple[int, ...]:
+        """Shape of the activation that leaves this stage."""
         ...
 
     def forward_program(self, chunk: int, received: Pending[torch.Tensor] | None) -> Program:
