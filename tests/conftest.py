@@ -1,5 +1,9 @@
-"""One thread per process: the suite runs many small processes side by side."""
+"""Settings shared by all tests."""
 
-import torch
+from __future__ import annotations
 
-torch.set_num_threads(1)
+from hypothesis import settings
+
+# Test machines are shared: a slow example says nothing about the code.
+settings.register_profile("bireme", deadline=None)
+settings.load_profile("bireme")
