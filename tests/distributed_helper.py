@@ -9,7 +9,7 @@
     def test_it():
         results = run_distributed(body, 4, 2.0)                           # results[rank]
 
-Processes are forked from a server that has already imported torch, so a call costs tenths of a second, not seconds. Each
+Processes are forked from a server that has already imported torch: a call costs tenths of a second, not seconds. Each
 has one thread, its own log, and a default gloo group found through a file store (no port). A call ends when all ranks
 have returned, when one has failed (the others get two seconds to say why they stopped), or at the hard timeout, shortly
 before which every rank writes its Python stacks to its log. No process outlives the call.
@@ -135,8 +135,8 @@ def _worker(where: tuple[int, int, str, float], what: tuple[str, str, str, bytes
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     faulthandler.enable(file=sys.stderr)
     faulthandler.dump_traceback_later(max(0.5, timeout - 1.0), file=sys.stderr)
     code = 1
