@@ -90,7 +90,8 @@ def state():
             "CUDA context": torch.cuda.is_initialized(), "arguments": list(sys.argv)}
 
 def watch(event, arguments):  # a file opened for writing by a module body of ours
-    if event != "open" or not isinstance(arguments[2], int) or not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    if event != "open" or not isinstance(arguments[2], int) or not arguments[2] & writes:
         return
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != "<module>":
