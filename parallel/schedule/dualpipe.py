@@ -82,9 +82,11 @@ def eight_steps(half: int, h: int, chunks: int) -> _Slots:
     i_near, i_far = _Slot(Op.I, NEAR), _Slot(Op.I, FAR)
     weights = (_Slot(Op.W, NEAR),)
 
-    warm_up: _Slots = [(f_near,)] * (2 * rest) + [(f_near,), (f_far,)] * (h + 1) + [(i_far,), weights, (f_far,)] * rest
+    warm_up: _Slots = [(f_near,)] * (2 * rest)
+    warm_up += [(f_near,), (f_far,)] * (h + 1)
+    warm_up += [(i_far,), weights, (f_far,)] * rest
     steady: _Slots = [(f_near, b_far), (f_far, b_near)] * (chunks - 2 * half + h + 1)
-    if rest == 0:
+    if rest == 0 and steady:
         steady[:1] = [(f_near,), (b_far,)]
     steady += [(b_far,), (f_far, b_near)] * rest
     # DeepSeek's switch from B to I: before the far backward where h is odd, before the near one where it is even
