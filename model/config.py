@@ -52,3 +52,57 @@ class ModelConfig:
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+def config_problems(config: ModelConfig) -> list[str]:
+    """What is wrong with the numbers, one line each (key, value found, what is allowed); empty when the model can be
+    built.
+    """
+    c = config
+    problems = []
+    zero_allowed = {"q_lora_rank", "first_dense_layers", "mtp_depth"}
+    for key, value in vars(c).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value < 0 or (value == 0 and key not in zero_allowed):
+            problems.append(f"model.{key}: found {value}, must be {'at least 0' if key in zero_allowed else 'above 0'}")
+    if problems:
+        return problems
+    if c.qk_rope_head_dim % 2:
+        problems.append(f"model.qk_rope_head_dim: found {c.qk_rope_head_dim}, must be even (RoPE rotates pairs)")
+    if c.first_dense_layers > c.num_layers:
+        problems.append(f"model.first_dense_layers: found {c.first_dense_layers}, at most num_layers ({c.num_layers})")
+    if c.num_routed_experts % c.num_expert_groups:
+        problems.append(
+            f"model.num_expert_groups: found {c.num_expert_groups}, "
+            f"must divide num_routed_experts ({c.num_routed_experts})"
+        )
+    elif c.num_routed_experts // c.num_expert_groups < 2:
+        problems.append(
+            f"model.num_expert_groups: found {c.num_expert_groups}, at most half of num_routed_experts "
+            f"({c.num_routed_experts}): a group is ranked by its two best experts"
+        )
+    if c.groups_per_token > c.num_expert_groups:
+        problems.append(
+            f"model.groups_per_token: found {c.groups_per_token}, at most num_expert_groups ({c.num_expert_groups})"
+        )
+    reachable = c.num_routed_experts // c.num_expert_groups * c.groups_per_token
+    if c.experts_per_token > reachable:
+        problems.append(
+            f"model.experts_per_token: found {c.experts_per_token}, "
+            f"at most {reachable} (the experts of {c.groups_per_token} groups)"
+        )
+    if c.rope_theta <= 1:
+        problems.append(f"model.rope_theta: found {c.rope_theta}, must be above 1")
+    scaling = c.rope_scaling
+    if scaling.factor < 1 or scaling.original_length < 1:
+        problems.append(
+            f"model.rope_scaling: found factor {scaling.factor}, "
+            f"original_length {scaling.original_length}; both at least 1"
+        )
+    if not scaling.beta_fast >= scaling.beta_slow > 0:
+        problems.append(
+            f"model.rope_scaling: found beta_fast {scaling.beta_fast}, beta_slow {scaling.beta_slow}; "
+            "beta_fast >= beta_slow > 0 is needed"
+        )
+    return problems

@@ -1,0 +1,65 @@
+"""Text generation with the plain forward and a cache of compressed latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from model.attention import LatentCache
+from model.errors import ModelError
+from model.norm import promoted
+from model.rope import Rotary
+from model.transformer import Transformer
+
+
+def sample(logits_V: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> int:
+    """One token id: the largest logit (lowest id on ties) at temperature 0, else drawn from softmax(logits /
+    temperature).
+    """
+    wide_V = logits_V.to(promoted(logits_V.dtype))
+    if temperature == 0:
+        return int((wide_V == wide_V.max()).nonzero()[0])
+    return int(torch.multinomial((wide_V / temperature).softmax(-1), 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    rotary: Rotary,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield new token ids one by one; ends after `max_new_tokens`, after a stop id, or at `rotary.length` positions.
+
+    vocabulary: ids from here on are padding rows of the embedding and are never produced. use_cache False computes
+    the whole text anew for every token (the definition). Raises ModelError for an empty or too long prompt and for
+    ids out of range.
+    """
+    limit = vocabulary if vocabulary is not None else model.config.vocab_size
+    if not 0 < limit <= model.config.vocab_size:
+        raise ModelError(f"generate: vocabulary {limit}, must be 1..{model.config.vocab_size}")
+    if temperature < 0:
+        raise ModelError(f"generate: temperature {temperature}, must be at least 0")
+    if not 0 < len(prompt) <= rotary.length:
+        raise ModelError(f"generate: prompt has {len(prompt)} tokens, must have 1..{rotary.length}")
+    bad = [token for token in prompt if not 0 <= token < limit]
+    if bad:
+        raise ModelError(f"generate: token id {bad[0]} in the prompt, must be 0..{limit - 1}")
+    caches = [LatentCache() for _ in model.layers] if use_cache else None
+    text, done = list(prompt), 0
+    for _ in range(max_new_tokens):
+        tokens_BT = torch.tensor([text[done:]], device=model.embed.device)
+        logits_BTV = model(tokens_BT, rotary=rotary, caches=caches, first_position=done).logits_BTV
+        done = len(text) if use_cache else 0
+        token = sample(logits_BTV[0, -1, :limit], temperature, generator)
+        text.append(token)
+        yield token
+        if token in stop_ids or len(text) > rotary.length:
+            return
