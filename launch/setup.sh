@@ -33,6 +33,9 @@ child=
 trap '[ -z "$child" ] || kill "$child" 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+latest() {
+  { grep -v -e '^WARNING' -e '^ *$' "$log" || true; } | tail -n 1 | tr -d '\r' | cut -c 1-60
+}
 quietly() { # what, command...
   local what=$1 start=$SECONDS shown=$SECONDS
   shift
@@ -41,10 +44,10 @@ quietly() { # what, command...
   while kill -0 "$child" 2>/dev/null; do
     sleep 1
     if [ -t 1 ]; then
-      printf '\r\033[K  %s … %d s  %s' "$what" $((SECONDS - start)) "$(tail -n 1 "$log" | tr -d '\r' | cut -c 1-60)"
+      printf '\r\033[K  %s … %d s  %s' "$what" $((SECONDS - start)) "$(latest)"
     elif [ $((SECONDS - shown)) -ge 15 ]; then
       shown=$SECONDS
-      printf '  %s … %d s  %s\n' "$what" $((SECONDS - start)) "$(tail -n 1 "$log" | tr -d '\r' | cut -c 1-60)"
+      printf '  %s … %d s  %s\n' "$what" $((SECONDS - start)) "$(latest)"
     fi
   done
   [ ! -t 1 ] || printf '\r\033[K'
