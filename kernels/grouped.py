@@ -1,0 +1,92 @@
+"""The three products for the experts of a layer: rows sorted by expert, one weight per expert.
+
+Shapes: M rows of all experts together, E experts, N output features, K input features, P rows with each expert's
+group padded to a multiple of 128 (FP8 weight gradient only). `counts`: rows per expert, in order, summing to M; zeros
+are fine. Numbers and dtypes are those of `kernels.gemm`; its products, expert by expert, are the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.gemm import check_pair, result_dtype, tokens_last, widen
+from kernels.observe import Operand, report
+from kernels.quantize import BLOCK_TILE, ROW_TILE, Quantized, padded_rows
+
+
+def fprop(
+    x: Operand, w: Operand, counts: Sequence[int], out_dtype: torch.dtype | None = None, *, name: str = ""
+) -> Tensor:
+    """x [M, K] (FP8: 1x128), w [E, N, K] (FP8: 128x128) -> [M, N]."""
+    check_pair("grouped fprop", x, w, (ROW_TILE, BLOCK_TILE), ndim=(2, 3))
+    _check_counts("grouped fprop", counts, w.shape[0], x.shape[0])
+    if x.shape[1] != w.shape[2]:
+        raise ValueError(
+            f"grouped fprop {name}: x {tuple(x.shape)} and w {tuple(w.shape)} differ in K, their last dimension"
+        )
+    out = _by_expert(widen(x), widen(w).mT, counts).to(result_dtype(x, out_dtype))
+    report(name, "fprop", x, w, out)
+    return out
+
+
+def dgrad(
+    dy: Operand, w: Operand, counts: Sequence[int], out_dtype: torch.dtype | None = None, *, name: str = ""
+) -> Tensor:
+    """dy [M, N] (FP8: 1x128), w [E, N, K] (FP8: 128x128) -> dX [M, K]."""
+    check_pair("grouped dgrad", dy, w, (ROW_TILE, BLOCK_TILE), ndim=(2, 3))
+    _check_counts("grouped dgrad", counts, w.shape[0], dy.shape[0])
+    if dy.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"grouped dgrad {name}: dy {tuple(dy.shape)} and w {tuple(w.shape)} differ in N (dy's columns)"
+        )
+    out = _by_expert(widen(dy), widen(w), counts).to(result_dtype(dy, out_dtype))
+    report(name, "dgrad", dy, w, out)
+    return out
+
+
+def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None = None, name: str = "") -> Tensor:
+    """dW [E, N, K] in FP32 (float64 for float64); zeros for an expert without rows.
+
+    Plain rows dy [M, N], x [M, K]; FP8 dy^T [N, P], x^T [K, P] from `quantize_columns(..., counts=counts)`. With `into`
+    the product is added to it, in its precision, and it is returned.
+    """
+    check_pair("grouped wgrad", dy, x, (ROW_TILE, ROW_TILE), ndim=(2, 2))
+    groups = tuple(int(count) for count in counts)
+    for operand in (dy, x):
+        if not isinstance(operand, Quantized):
+            _check_counts("grouped wgrad", groups, len(groups), operand.shape[0])
+        elif operand.counts != groups:
+            raise ValueError(
+                f"grouped wgrad {name}: called with groups {groups}; the operand is quantised for {operand.counts}"
+            )
+    dy_NM, x_KM = tokens_last(dy), tokens_last(x)
+    out = dy_NM.new_zeros((len(groups), dy_NM.shape[0], x_KM.shape[0]))
+    for expert, rows in _groups(groups, padded=isinstance(x, Quantized)):
+        torch.mm(dy_NM[:, rows], x_KM[:, rows].t(), out=out[expert])
+    report(name, "wgrad", dy, x, out)
+    return out if into is None else into.add_(out)
+
+
+def _by_expert(rows_MA: Tensor, weight_EAB: Tensor, counts: Sequence[int]) -> Tensor:
+    """[M, A] . [E, A, B] -> [M, B], each row with its expert's matrix."""
+    out = rows_MA.new_empty((rows_MA.shape[0], weight_EAB.shape[2]))
+    for expert, rows in _groups(counts, padded=False):
+        torch.mm(rows_MA[rows], weight_EAB[expert], out=out[rows])
+    return out
+
+
+def _groups(counts: Sequence[int], padded: bool) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows. Padding is left out of a slice; it moves the next start."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += padded_rows(count) if padded else count
+
+
+def _check_counts(kind: str, counts: Sequence[int], experts: int, rows: int) -> None:
+    if len(counts) != experts or sum(counts) != rows or min(counts, default=0) < 0:
+        raise ValueError(f"{kind}: counts {list(counts)} do not describe {experts} experts and {rows} rows")

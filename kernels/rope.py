@@ -1,0 +1,31 @@
+"""Rotary position embedding on adjacent pairs, as in DeepSeek's code: (x0 + i x1) * (cos + i sin) (RoFormer eq. 34).
+
+Shapes: x [..., R] with R even, cos and sin [..., R/2] broadcast against x's pairs: [T, R/2] for x [..., T, R],
+[T, 1, R/2] for x [..., T, heads, R].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pair j by its angle; computed in FP32 at least and rounded once to x's dtype."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.view_as_complex(x.to(compute).contiguous().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos.to(compute), sin.to(compute))
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse rotation, which is the transpose: the backward of `rotate`."""
+    return rotate(x, cos, -sin)
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition, without complex numbers."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    first, second = x[..., 0::2].to(compute), x[..., 1::2].to(compute)
+    cos, sin = cos.to(compute), sin.to(compute)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,70 @@
+"""Scales over tiles of a matrix: the part that every block-scaled format shares.
+
+A matrix [..., R, C] is cut into tiles of `row_tile` x `column_tile`; the last tile of a row or column covers what is
+left, so no padding enters a maximum. Each tile has one FP32 scale with `value = scale * stored number`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE = 128
+AMAX_FLOOR = 1e-4
+
+
+def tile_count(length: int, tile: int) -> int:
+    """Tiles that cover `length` elements."""
+    return -(-length // tile)
+
+
+def _spans(length: int, tile: int) -> list[tuple[slice, slice, int]]:
+    """(elements, tiles, tile length) of the whole tiles, then of the edge tile."""
+    whole = length // tile
+    spans = [(slice(0, whole * tile), slice(0, whole), tile)] if whole else []
+    if length % tile:
+        spans.append((slice(whole * tile, length), slice(whole, whole + 1), length % tile))
+    return spans
+
+
+def tiled(matrix: Tensor, scale: Tensor, row_tile: int, column_tile: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views that pair tiles with their scales, for at most four regions (whole and edge tiles, both ways).
+
+    matrix [..., R, C], scale [..., tiles of R, tiles of C] -> pairs ([..., a, row_tile, b, column_tile], [..., a, b]).
+    """
+    for rows, scale_rows, row_length in _spans(matrix.shape[-2], row_tile):
+        for columns, scale_columns, column_length in _spans(matrix.shape[-1], column_tile):
+            region = matrix[..., rows, columns]
+            yield (
+                region.unflatten(-1, (-1, column_length)).unflatten(-3, (-1, row_length)),
+                scale[..., scale_rows, scale_columns],
+            )
+
+
+def ceil_power_of_two(scale: Tensor) -> Tensor:
+    """Smallest power of two >= scale (FP32, positive, normal); NaN and infinity stay what they are."""
+    up = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(scale.isfinite(), up.view(torch.float32), scale)
+
+
+def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float, power_of_two: bool) -> Tensor:
+    """FP32 scales [..., tiles of R, tiles of C]: max(amax, 1e-4) / largest, rounded up to a power of two when asked.
+
+    A NaN or infinity in a tile makes its scale NaN or infinite: it cannot be lost on the way.
+    """
+    *lead, rows, columns = matrix.shape
+    scale = matrix.new_empty((*lead, tile_count(rows, row_tile), tile_count(columns, column_tile)))
+    for tiles, tile_scale in tiled(matrix.abs(), scale, row_tile, column_tile):
+        tile_scale.copy_(tiles.amax((-3, -1)))
+    scale.clamp_(min=AMAX_FLOOR).div_(largest)
+    return ceil_power_of_two(scale) if power_of_two else scale
+
+
+def multiply_tiles(matrix: Tensor, factor: Tensor, row_tile: int, column_tile: int, out: Tensor) -> Tensor:
+    """out = matrix * its tile's factor. `out` may be `matrix`."""
+    targets = tiled(out, factor, row_tile, column_tile)
+    for (tiles, tile_factor), (target, _) in zip(tiled(matrix, factor, row_tile, column_tile), targets, strict=True):
+        torch.mul(tiles, tile_factor[..., :, None, :, None], out=target)
+    return out
