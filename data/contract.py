@@ -1,13 +1,13 @@
 """What the token stream promises: the manifest, the plan, step batches with their denominators, and the state.
 
 The stream is a function `(manifest, plan, seed, sample index) -> tokens`. Order, packing and mixture never depend on
-how many ranks read it. Batch metadata (labels, positions, MTP tokens, document ids) is read by index at every stage that
-needs it and never travels between stages.
+how many ranks read it. Batch metadata (labels, positions, MTP tokens, document ids) is read by index at every stage
+that needs it and never travels between stages.
 
-Documents are stored as `BOS + tokens + EOS`. A packed sequence holds whole documents (or pieces of documents longer than
-the sequence); position i predicts token i + 1. A label is IGNORE where the next token belongs to another document or
-piece, or is padding. MTP depth k (1-based) at position i sees the embedding of token i + k and predicts token i + k + 1;
-its label is IGNORE unless both lie in the same document piece as i.
+Documents are stored as `BOS + tokens + EOS`. A packed sequence holds whole documents (or pieces of documents longer
+than the sequence); position i predicts token i + 1. A label is IGNORE where the next token belongs to another document
+or piece, or is padding. MTP depth k (1-based) at position i sees the embedding of token i + k and predicts token
+i + k + 1; its label is IGNORE unless both lie in the same document piece as i.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class ShardedOptimizer(GradientSink, Protocol):
         ...
 
     def initialize(self, value: Callable[[str, int, int], torch.Tensor]) -> None:
-        """Fill the masters from `value(name, first_row, last_row)` -> (rows, columns) in FP32, clear moments, publish to
-        parameters."""
+        """Fill the masters from `value(name, first_row, last_row)` -> (rows, columns) in FP32, clear moments, publish
+        to parameters."""
         ...
 
     def shards(self) -> Iterable[tuple[RowRange, dict[str, torch.Tensor]]]:
