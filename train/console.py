@@ -17,12 +17,10 @@ class ConsoleSink:
     def __init__(
         self,
         total_tokens: int,
-        every: int = 1,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_tokens
-        self._every = every
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._first: tuple[float, int] | None = None
@@ -39,8 +37,7 @@ class ConsoleSink:
         if self._progress is not None:
             self._progress.update(self._task, completed=tokens, description=f"step {step}, {left} left")
         if "train/loss" in values:
-            if step % self._every == 0:
-                self._console.print(step_line(step, tokens, self._total, values, left), markup=False, soft_wrap=True)
+            self._console.print(step_line(step, tokens, self._total, values, left), markup=False, soft_wrap=True)
         else:  # an evaluation or another figure that belongs to no training step
             shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
             self._console.print(f"step {step:>6}  {shown}", markup=False, soft_wrap=True)

@@ -16,7 +16,6 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,15 +50,6 @@ class Metrics(Protocol):
         ...
 
     def close(self, exit_code: int) -> None: ...
-
-
-@dataclass
-class MetricsConfig:
-    """wandb: offline | online | disabled. console_every: steps between console lines (0: none)."""
-
-    wandb: str = "offline"
-    wandb_project: str = "bireme"
-    console_every: int = 1
 
 
 class RunMetrics:
@@ -119,21 +109,24 @@ def plain_number(name: str, value: Any) -> float:
 
 def open_metrics(
     run_dir: Path,
-    config: MetricsConfig,
     *,
     rank: int,
     step: int,
     total_tokens: int,
     tracker_id: str,
+    wandb: str = "offline",
+    project: str = "bireme",
+    console: bool = True,
     run_config: Mapping[str, Any] | None = None,
 ) -> RunMetrics:
     """Metrics of a run that starts or resumes after `step` (0: from the beginning), planned for `total_tokens`.
 
     Whatever the files hold of later steps is set aside first, so that they read as one history. `tracker_id` is made
-    once (`new_tracker_id`) and lives in the run's state. Ranks other than 0 get metrics without sinks.
+    once (`new_tracker_id`) and lives in the run's state. wandb: offline | online | disabled. Ranks other than 0 get
+    metrics without sinks.
     """
-    if config.wandb not in ("offline", "online", "disabled"):
-        raise ValueError(f"metrics.wandb is {config.wandb!r}; allowed: offline, online, disabled")
+    if wandb not in ("offline", "online", "disabled"):
+        raise ValueError(f"logging.wandb is {wandb!r}; allowed: offline, online, disabled")
     if rank != 0:
         return RunMetrics()
     # Here, because these bring in rich and (in its own thread) wandb, which other ranks need not load.
@@ -143,15 +136,15 @@ def open_metrics(
 
     rewind(run_dir, step)
     sinks: list[Sink] = [JsonLinesSink(run_dir)]
-    if config.console_every > 0:
-        sinks.append(ConsoleSink(total_tokens, every=config.console_every))
-    if config.wandb != "disabled":
+    if console:
+        sinks.append(ConsoleSink(total_tokens))
+    if wandb != "disabled":
         sinks.append(
             WandbSink(
-                project=config.wandb_project,
+                project=project,
                 name=run_dir.name,
                 identifier=tracker_id,
-                mode=config.wandb,
+                mode=wandb,
                 directory=run_dir,
                 run_config=dict(run_config or {}),
             )

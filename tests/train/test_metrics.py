@@ -18,7 +18,7 @@ from rich.console import Console
 
 from train.console import ConsoleSink, duration, short
 from train.history import JsonLinesSink, exact, read_lines, rewind
-from train.metrics import MetricsConfig, RunMetrics, new_tracker_id, open_metrics, write_status
+from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
 from train.tracker import WandbSink
 
 
@@ -110,10 +110,10 @@ def test_a_value_that_is_no_number_is_the_callers_error(tmp_path: Path) -> None:
 
 
 def test_resume_leaves_one_history(tmp_path: Path) -> None:
-    config = MetricsConfig(wandb="disabled", console_every=0)
-
     def run(after: int, until: int, value: float) -> None:
-        metrics = open_metrics(tmp_path, config, rank=0, step=after, total_tokens=100, tracker_id="x")
+        metrics = open_metrics(
+            tmp_path, rank=0, step=after, total_tokens=100, tracker_id="x", wandb="disabled", console=False
+        )
         for step in range(after + 1, until + 1):
             metrics.log(step, step * 10, {"train/loss": value})
             metrics.expert_load(step, {3: [1, 2], 4: [2, 1]})
@@ -166,9 +166,7 @@ def test_a_failing_sink_is_dropped_once_and_the_others_go_on(tmp_path: Path) -> 
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
-    metrics = open_metrics(
-        tmp_path / "run", MetricsConfig(), rank=1, step=0, total_tokens=1, tracker_id=new_tracker_id()
-    )
+    metrics = open_metrics(tmp_path / "run", rank=1, step=0, total_tokens=1, tracker_id=new_tracker_id())
     metrics.log(1, 1, {"train/loss": 1.0})
     metrics.event("resumed")
     metrics.close(0)
@@ -176,8 +174,8 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
 
 
 def test_unknown_tracker_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"metrics\.wandb is 'ofline'; allowed: offline, online, disabled"):
-        open_metrics(tmp_path, MetricsConfig(wandb="ofline"), rank=0, step=0, total_tokens=1, tracker_id="x")
+    with pytest.raises(ValueError, match=r"logging\.wandb is 'ofline'; allowed: offline, online, disabled"):
+        open_metrics(tmp_path, rank=0, step=0, total_tokens=1, tracker_id="x", wandb="ofline")
 
 
 def test_wandb_gets_tokens_as_axis_and_its_id(tmp_path: Path) -> None:
@@ -216,6 +214,7 @@ def test_a_dead_tracker_neither_blocks_nor_stops(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
     assert len(steps_of(tmp_path / "metrics.jsonl")) == 100
     assert len(warnings) == 1 and "did not finish within" in warnings[0]
+    assert [line["event"] for line in read_lines(tmp_path / "events.jsonl")] == ["sink_dropped"]
     release.set()
 
 
