@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ParallelConfig:
-    """world size = pipeline x expert x data. Rank = (data * pipeline + pipeline_rank) * expert + expert_rank, so that an expert
-    group is contiguous (one node).
+    """world size = pipeline x expert x data. Rank = (data * pipeline + pipeline_rank) * expert + expert_rank, so that
+    an expert group is contiguous (one node).
 
-    layers_per_stage: layers of each pipeline stage; empty means as even as possible, earlier stages first (the last one also carries
-    head and MTP). order: `default` or `published` (see parallel/pipeline/contract.py). timeout_seconds: of every collective.
+    layers_per_stage: layers of each pipeline stage; empty means as even as possible, earlier stages first (the last
+    one also carries head and MTP). order: `default` or `published` (see parallel/pipeline/contract.py).
+    timeout_seconds: of every collective.
     """
 
     pipeline: int = 1

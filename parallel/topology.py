@@ -65,7 +65,8 @@ class Topology:
 
 
 class Groups:
-    """Process groups by their tuple of global ranks. Every rank makes every group, in one order; groups of one have none."""
+    """Process groups by their tuple of global ranks. Every rank makes every group, in one order; groups of one have
+    none."""
 
     def __init__(self, rank: int, members: Iterable[tuple[int, ...]], timeout_seconds: float) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}

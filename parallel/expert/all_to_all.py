@@ -47,7 +47,8 @@ class Route:
 
 @dataclass(frozen=True)
 class Received:
-    """Expanded rows by local expert. rows: [X, D] tensor or FP8 rows; weights_X: their router weights, when sent along."""
+    """Expanded rows by local expert. rows: [X, D] tensor or FP8 rows; weights_X: their router weights, when sent
+    along."""
 
     rows: Rows
     weights_X: torch.Tensor | None
@@ -133,7 +134,8 @@ class AllToAllDispatcher:
     def gather(
         self, route: Route, rows: torch.Tensor, weight_grads: torch.Tensor | None = None, after: object = None
     ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Expanded [X, D] rows -> ([T, D] sums, [T, K] gradients of the router weights when `weight_grads` [X] is given)."""
+        """Expanded [X, D] rows -> ([T, D] sums, [T, K] gradients of the router weights when `weight_grads` [X] is
+        given)."""
         layout = route.layout
         promoted = torch.promote_types(rows.dtype, torch.float32)
         received = sum(route.take)

@@ -1,7 +1,7 @@
 """Where the rows of one chunk go, from top-k indices alone: pure, tested against brute force.
 
-Shape letters: T tokens, K experts per token, R ranks, S rows sent, V rows received, X expanded rows (one per received row and local
-expert).
+Shape letters: T tokens, K experts per token, R ranks, S rows sent, V rows received, X expanded rows (one per received
+row and local expert).
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def _tag(t: Transfer, table: Table) -> int:
 class Executor:
     """Runs `table.actions[rank]` with this rank's stages.
 
-    stages: {(direction, stage): PipelineStage}. global_rank: pipeline rank -> global rank. dtype: of what crosses stages. order:
-    the step order of F&B pairs. One instance serves every step with the same table.
+    stages: {(direction, stage): PipelineStage}. global_rank: pipeline rank -> global rank. dtype: of what crosses
+    stages. order: the step order of F&B pairs. One instance serves every step with the same table.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Executor:
         self._sending = []
         if self._inbox or self._outbox or self.store.depth:
             raise RuntimeError(
-                f"pipeline rank {self.rank}: the table left {len(self._inbox)} receives, {len(self._outbox)} outputs and "
-                f"{self.store.depth} weight-gradient entries behind"
+                f"pipeline rank {self.rank}: the table left behind {len(self._inbox)} receives, {len(self._outbox)} "
+                f"outputs and {self.store.depth} weight-gradient entries"
             )
 
     # Communication ----------------------------------------------------------------------------------------------------

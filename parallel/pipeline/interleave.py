@@ -40,8 +40,9 @@ class Running:
 def overlap(forward: Running, backward: Running, order: Sequence[str]) -> tuple[Any, Any]:
     """Advance two programs in `order`, round after round, then drain what is left (unequal layer counts).
 
-    The order never depends on what has arrived: peers must issue the same collectives in the same order. A step the order does not name
-    (embedding, head) runs as soon as its program's turn comes; a named step that a layer lacks is passed over.
+    The order never depends on what has arrived: peers must issue the same collectives in the same order. A step the
+    order does not name (embedding, head) runs as soon as its program's turn comes; a named step that a layer lacks is
+    passed over.
     """
     named = frozenset(order)
     try:

@@ -1,6 +1,7 @@
 """A segment: one run of one compute step as a small autograd graph, cut off on both sides.
 
-It holds graph nodes only, not the tensors that entered and left it, so what it keeps alive is exactly what its operations saved.
+It holds graph nodes only, not the tensors that entered and left it, so what it keeps alive is exactly what its
+operations saved.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ Bag = list[Entry]
 class WeightGradStore:
     """One per pipeline, never global and never thread-local: on CUDA autograd runs backward in threads of its own.
 
-    A linear layer's backward computes dX at once and hands in a closure for dW. Bucket readiness hangs on the sink, since autograd's
-    own accumulation hooks never fire for closures.
+    A linear layer's backward computes dX at once and hands in a closure for dW. Bucket readiness hangs on the sink,
+    since autograd's own accumulation hooks never fire for closures.
     """
 
     def __init__(self, sink: GradientSink) -> None:

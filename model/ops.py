@@ -1,0 +1,370 @@
+"""Differentiable operations of the segments: dX at once, dW handed to the pipeline's store.
+
+The recipe (V3 section 3.3) in one place: with FP8 on, a linear's three products take E4M3 operands: activations and
+gradients in 1x128 tiles, weights in 128x128 blocks. What is kept for the weight gradient is said by an `Input`: FP8
+tiles as they were used, E5M6 (attention output), or a cell that computes the activation again (RMSNorm, SwiGLU).
+
+Shape letters: N tokens, K width in, O width out, X expanded rows, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Function
+
+from kernels import e5m6, gemm, grouped, norm, swiglu
+from kernels.cross_entropy import cross_entropy_and_gradient
+from kernels.quantize import (
+    Quantized,
+    dequantize,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+    requantize_columns,
+)
+from model.recompute import Cell
+from parallel.pipeline.store import WeightGradStore
+
+Operand = torch.Tensor | Quantized
+Check = Callable[[str, str, torch.Tensor, Callable[[], torch.Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A linear's input: `rows` as its forward product takes it, `columns` what its weight gradient will use
+    (transposed FP8 tiles [K, N], or the plain [N, K] rows), `plain` the unquantised rows where they exist."""
+
+    rows: Operand
+    columns: Callable[[], Operand]
+    plain: Callable[[], torch.Tensor]
+
+
+class Box:
+    """Where a gradient in FP8 waits for the linear whose output it belongs to (autograd carries an empty stand-in)."""
+
+    def __init__(self) -> None:
+        self.value: Quantized | None = None
+
+    def take(self) -> Quantized | None:
+        value, self.value = self.value, None
+        return value
+
+
+def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the right shape and no storage, for autograd where FP8 rows travel beside it."""
+    return torch.zeros((), dtype=dtype).expand(rows, width)
+
+
+class Ops:
+    """The arithmetic of one rank: precision, store, and weights quantised once per step.
+
+    check: when set, called as check(name, kind, result, unquantised) for every FP8 product.
+    """
+
+    def __init__(self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float) -> None:
+        self.store, self.dtype, self.fp8, self.eps = store, dtype, fp8, eps
+        self.check: Check | None = None
+        self._weights: dict[nn.Parameter, Quantized] = {}
+
+    def new_step(self) -> None:
+        """The weights have changed: quantise them again on first use."""
+        self._weights.clear()
+
+    def weight(self, parameter: nn.Parameter) -> Operand:
+        """128x128 blocks of a weight (FP8), or the weight."""
+        if not self.fp8:
+            return parameter.detach()
+        if parameter not in self._weights:
+            self._weights[parameter] = quantize_blocks(parameter.detach())
+        return self._weights[parameter]
+
+    # Inputs ---------------------------------------------------------------------------------------------------------
+
+    def recomputed(self, x: torch.Tensor, again: Callable[[], torch.Tensor], counts: list[int] | None = None) -> Input:
+        """`x` is not kept: `again` gives it once more for the weight gradient."""
+        if not self.fp8:
+            return Input(x.detach(), again, again)
+        return Input(quantize_rows(x.detach()), Cell(lambda: quantize_columns(again(), counts=counts)), again)
+
+    def dispatched(self, rows: Operand, counts: list[int]) -> Input:
+        """Rows as they came over the wire: power-of-two scales, kept as they are."""
+        if isinstance(rows, Quantized):
+            columns = Cell(lambda: requantize_columns(rows, power_of_two=True, counts=counts))
+            return Input(rows, columns, lambda: dequantize(rows))
+        return Input(rows, lambda: rows, lambda: rows)
+
+    def attention_output(self, kept: Kept, x: torch.Tensor) -> Input:
+        """Input of the output projection: power-of-two scales, kept as E5M6 (V3 section 3.3.3)."""
+        if not self.fp8:
+            return Input(x.detach(), kept, kept)
+        rows = quantize_rows(x.detach(), power_of_two=True)
+        return Input(rows, Cell(lambda: quantize_columns(kept(), power_of_two=True)), kept)
+
+    def payload(self, x: torch.Tensor) -> Operand:
+        """What is dispatched: FP8 rows with power-of-two scales, or the rows."""
+        return quantize_rows(x, power_of_two=True) if self.fp8 else x
+
+    # Products -------------------------------------------------------------------------------------------------------
+
+    def multiply(self, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
+        """[N, K] x [O, K]^T -> [N, O]."""
+        w = self.weight(weight)
+        y = gemm.fprop(given.rows, w, self.dtype, name=name)
+        if self.check and self.fp8:
+            self.check(name, "fprop", y, lambda: gemm.fprop(given.plain(), weight.detach(), torch.float32))
+        return y
+
+    def multiply_backward(self, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
+        """dX of `multiply`; its dW goes to the store."""
+        dy = dy.detach().contiguous()
+        columns, plain, check = given.columns, given.plain, self.check if self.fp8 else None
+        if not self.fp8:
+            self.store.put(weight, lambda: gemm.wgrad(dy, columns(), name=name))
+            return gemm.dgrad(dy, weight.detach(), self.dtype, name=name)
+        dy_columns = quantize_columns(dy)
+        dx = gemm.dgrad(quantize_rows(dy), self.weight(weight), self.dtype, name=name)
+        kept_dy = dy if check else None
+
+        def grad() -> torch.Tensor:
+            dw = gemm.wgrad(dy_columns, columns(), name=name)
+            if check and kept_dy is not None:
+                check(name, "wgrad", dw, lambda: gemm.wgrad(kept_dy, plain()))
+            return dw
+
+        self.store.put(weight, grad)
+        if check:
+            check(name, "dgrad", dx, lambda: gemm.dgrad(dy, weight.detach(), torch.float32))
+        return dx
+
+    # Autograd entry points ------------------------------------------------------------------------------------------
+
+    def linear(self, x: torch.Tensor, weight: nn.Parameter, given: Input, name: str) -> torch.Tensor:
+        """A linear of the FP8 set. `x` is there for autograd; the product takes `given.rows`."""
+        return _Linear.apply(x, weight, given, self, name)
+
+    def high_linear(
+        self, x: torch.Tensor, weight: nn.Parameter, again: Callable[[], torch.Tensor], name: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A linear that stays in BF16 or above (router, MTP projection); result in `dtype`."""
+        return _HighLinear.apply(x, weight, again, self, name, dtype)
+
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        given: Input,
+        counts: list[int],
+        name: str,
+        box: Box | None = None,
+    ) -> torch.Tensor:
+        """Rows sorted by local expert: y[e] = x[e] w[e]^T, weight [E, O, K]. `box` may hold the output's gradient in
+        FP8."""
+        return _GroupedLinear.apply(x, weight, given, counts, self, name, box)
+
+    def rmsnorm(self, x: torch.Tensor, gain: nn.Parameter) -> tuple[torch.Tensor, Cell[torch.Tensor]]:
+        """(normed x, cell that gives it again)."""
+        kept = x.detach()
+        return _RMSNorm.apply(x, gain, self), Cell(lambda: norm.rmsnorm(kept, gain.detach(), self.eps))
+
+    def swiglu(
+        self, gate_up: torch.Tensor, row_weight: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """silu(gate) * up (times the router weight); its input is cached in FP8, its value computed again."""
+        kept = self.keep(gate_up.detach())
+        w = None if row_weight is None else row_weight.detach()
+        again = Cell(lambda: swiglu.swiglu(kept(), w))
+        return _SwiGLU.apply(gate_up, row_weight, kept), again
+
+    def keep(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Cache for the backward: FP8 tiles, or the tensor itself."""
+        if not self.fp8:
+            return lambda: x
+        tiles, dtype = quantize_rows(x), x.dtype
+        return lambda: dequantize(tiles, dtype)
+
+    def keep_attention_output(self, x: torch.Tensor) -> Kept:
+        """Cache of the attention output, for attention's backward and the output projection's weight gradient."""
+        return Kept(x, self.fp8)
+
+
+class Kept:
+    """The attention output between forward and backward: E5M6 with power-of-two scales, or as it is."""
+
+    def __init__(self, x: torch.Tensor, fp8: bool) -> None:
+        self._dtype = x.dtype
+        self._value = e5m6.encode(x) if fp8 else x
+
+    def __call__(self) -> torch.Tensor:
+        if isinstance(self._value, torch.Tensor):
+            return self._value
+        return e5m6.decode(self._value, self._dtype)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, given: Input, ops: Ops, name: str) -> torch.Tensor:
+        ctx.kept = weight, Input(None, given.columns, given.plain), ops, name  # type: ignore[arg-type]
+        return ops.multiply(given, weight, name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, given, ops, name = ctx.kept
+        return ops.multiply_backward(grads[0], given, weight, name), None, None, None, None
+
+
+class _HighLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, again: Any, ops: Ops, name: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.kept = weight, again, ops, name, x.dtype
+        return gemm.fprop(x.detach(), weight.detach(), dtype, name=name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, again, ops, name, dtype = ctx.kept
+        dy = grads[0].detach().contiguous()
+        ops.store.put(weight, lambda: gemm.wgrad(dy, again(), name=name))
+        return gemm.dgrad(dy, weight.detach(), dtype, name=name), None, None, None, None, None
+
+
+class _GroupedLinear(Function):
+    """An expert without rows still reports a (zero) gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        given: Input,
+        counts: list[int],
+        ops: Ops,
+        name: str,
+        box: Box | None,
+    ) -> torch.Tensor:
+        ctx.kept = weight, given.columns, given.plain, counts, ops, name, box
+        y = grouped.fprop(given.rows, ops.weight(weight), counts, ops.dtype, name=name)
+        if ops.check and ops.fp8:
+            plain = given.plain
+            ops.check(name, "fprop", y, lambda: grouped.fprop(plain(), weight.detach(), counts, torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, columns, plain, counts, ops, name, box = ctx.kept
+        arrived = box.take() if box is not None else None
+        dy = grads[0].detach()
+        nothing = (None,) * 6
+        if not ops.fp8:
+            dy = dy.contiguous()
+            ops.store.put(weight, lambda: grouped.wgrad(dy, columns(), counts, name=name))
+            return grouped.dgrad(dy, weight.detach(), counts, ops.dtype, name=name), *nothing
+        rows = arrived if arrived is not None else quantize_rows(dy)
+        dy_columns = (
+            requantize_columns(arrived, power_of_two=True, counts=counts)
+            if arrived is not None
+            else quantize_columns(dy, counts=counts)
+        )
+        dx = grouped.dgrad(rows, ops.weight(weight), counts, ops.dtype, name=name)
+        check = ops.check
+        kept_dy = (dequantize(arrived) if arrived is not None else dy) if check else None
+
+        def grad() -> torch.Tensor:
+            dw = grouped.wgrad(dy_columns, columns(), counts, name=name)
+            if check and kept_dy is not None:
+                check(name, "wgrad", dw, lambda: grouped.wgrad(kept_dy, plain(), counts))
+            return dw
+
+        ops.store.put(weight, grad)
+        if check:
+            check(name, "dgrad", dx, lambda: grouped.dgrad(kept_dy, weight.detach(), counts, torch.float32))
+        return dx, *nothing
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gain: nn.Parameter, ops: Ops) -> torch.Tensor:
+        ctx.kept = x.detach(), gain, ops
+        return norm.rmsnorm(x.detach(), gain.detach(), ops.eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, gain, ops = ctx.kept
+        dx, dgain = norm.rmsnorm_backward(grads[0], x, gain.detach(), ops.eps)
+        ops.store.put(gain, lambda: dgain)
+        return dx, None, None
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor, row_weight: torch.Tensor | None, kept: Any) -> torch.Tensor:
+        ctx.kept = kept, None if row_weight is None else row_weight.detach()
+        return swiglu.swiglu(gate_up.detach(), ctx.kept[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        kept, row_weight = ctx.kept
+        dgate_up, drow_weight = swiglu.swiglu_backward(grads[0], kept(), row_weight)
+        return dgate_up, drow_weight, None
+
+
+class Embedding(Function):
+    """table[tokens]; the table's gradient is handed to the store."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, table: nn.Parameter, tokens_N: torch.Tensor, ops: Ops) -> torch.Tensor:
+        ctx.kept = table, tokens_N, ops
+        return table.detach()[tokens_N]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        table, tokens_N, ops = ctx.kept
+        dy = grads[0].detach()
+
+        def grad() -> torch.Tensor:
+            high = torch.promote_types(dy.dtype, torch.float32)
+            return torch.zeros(table.shape, dtype=high).index_add_(0, tokens_N, dy.to(high))
+
+        ops.store.put(table, grad)
+        return None, None, None, None
+
+
+class HeadLoss(Function):
+    """Output head and cross-entropy: (n [N, K], head [V, K]) -> scalar `scale * sum of token losses`.
+
+    The gradient of the logits is made in the forward and replaces them (DeepSeek LLM section 2.4). `losses` receives
+    the per-token losses [N] (0 where the label is IGNORE).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        n: torch.Tensor,
+        head: nn.Parameter,
+        labels_N: torch.Tensor,
+        scale: float,
+        again: Callable[[], torch.Tensor],
+        ops: Ops,
+        name: str,
+        losses: list[torch.Tensor],
+    ) -> torch.Tensor:
+        high = torch.promote_types(n.dtype, torch.float32)
+        logits = gemm.fprop(n.detach(), head.detach(), high, name=name)
+        token_losses, gradient = cross_entropy_and_gradient(logits, labels_N, scale)
+        dlogits = gradient.to(n.dtype)
+        losses.append(token_losses)
+        ctx.kept = dlogits, head, again, ops, name
+        return token_losses.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # The gradient of the scalar is 1: its scale is already in dlogits.
+        dlogits, head, again, ops, name = ctx.kept
+        ops.store.put(head, lambda: gemm.wgrad(dlogits, again(), name=name))
+        dn = gemm.dgrad(dlogits, head.detach(), ops.dtype, name=name)
+        return (dn,) + (None,) * 7

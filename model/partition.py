@@ -1,0 +1,194 @@
+"""What one rank holds: its stages' modules, and for every parameter its canonical parts, replicas, bucket and uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.layer import TransformerLayer
+from model.mtp import MultiTokenPrediction
+from model.names import decays, module_parts, parts_of
+from model.ops import Ops
+from model.segments import SegmentedLayer
+from model.stage import Depth, Output, TransformerStage
+from parallel.expert.contract import Dispatcher
+from parallel.optimizer.contract import ParameterSpec
+from parallel.schedule.actions import Table
+from parallel.topology import Topology
+
+
+def split_layers(layers: int, stages: int, given: list[int]) -> list[tuple[int, int]]:
+    """[first, last) layers of each stage: as given, or as even as possible with the longer stages first (the last
+    also has head and MTP).
+
+    Raises ValueError when the split is impossible.
+    """
+    if given:
+        if len(given) != stages or sum(given) != layers or min(given) < 1:
+            raise ValueError(
+                f"parallel.layers_per_stage: {given} must name {stages} stages of 1 layer or more, {layers} in all"
+            )
+        sizes = given
+    else:
+        if layers < stages:
+            raise ValueError(
+                f"parallel.pipeline: {stages} stages need at least {stages} layers, the model has {layers}"
+            )
+        sizes = [layers // stages + (s < layers % stages) for s in range(stages)]
+    edges = [sum(sizes[:s]) for s in range(stages + 1)]
+    return list(pairwise(edges))
+
+
+class RankModel(nn.Module):
+    """The modules of one rank. A component that serves two stages (embedding on first and last) is one tensor.
+
+    Attributes: embed, head, norm (or None), layers {index: TransformerLayer}, mtp [MultiTokenPrediction].
+    """
+
+    embed: nn.Parameter | None
+    head: nn.Parameter | None
+    norm: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        topology: Topology,
+        table: Table,
+        layers_per_stage: list[int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config, self.topology, self.table, self.dtype = config, topology, table, dtype
+        self.split = split_layers(config.num_layers, table.stages, layers_per_stage)
+        if config.num_routed_experts % topology.expert:
+            raise ValueError(
+                f"parallel.expert: {topology.expert} does not divide the model's {config.num_routed_experts} experts"
+            )
+        local = config.num_routed_experts // topology.expert
+        experts = (topology.expert_rank * local, (topology.expert_rank + 1) * local)
+        mine = self._components(topology.pipeline_rank)
+        V, d = config.vocab_size, config.hidden_size
+
+        def parameter(held: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, dtype=dtype)) if held else None
+
+        self.embed = parameter("embed" in mine, V, d)
+        self.head = parameter("head" in mine, V, d)
+        self.norm = parameter("head" in mine, d)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): TransformerLayer(config, i >= config.first_dense_layers, experts, dtype)
+                for i in range(config.num_layers)
+                if f"layers.{i}" in mine
+            }
+        )
+        depth = config.mtp_depth if "head" in mine else 0
+        self.mtp = nn.ModuleList(MultiTokenPrediction(config, experts, dtype) for _ in range(depth))
+        self.segmented: dict[str, SegmentedLayer] = {}
+        self.stages: dict[tuple[int, int], TransformerStage] = {}
+
+    # Placement --------------------------------------------------------------------------------------------------------
+
+    def _stage_components(self, stage: int) -> list[tuple[str, int]]:
+        """(component, weight-gradient contributions per chunk) of one stage."""
+        D, last = self.config.mtp_depth, self.table.stages - 1
+        found = [(f"layers.{i}", 1) for i in range(*self.split[stage])]
+        if stage == 0:
+            found.append(("embed", 1))
+        if stage == last:
+            found += [("head", 1 + D), ("norm", 1)] + [(f"mtp.{k}", 1) for k in range(D)]
+            if D:
+                found.append(("embed", D))
+        return found
+
+    def _components(self, pipeline_rank: int) -> set[str]:
+        return {c for _, s in self.table.stages_of(pipeline_rank) for c, _ in self._stage_components(s)}
+
+    def _uses(self, component: str) -> dict[int, int]:
+        uses: dict[int, int] = {}
+        for direction, stage in self.table.stages_of(self.topology.pipeline_rank):
+            for name, count in self._stage_components(stage):
+                if name == component:
+                    uses[direction] = uses.get(direction, 0) + count
+        return uses
+
+    def replicas(self, component: str, expert_rank: int | None = None) -> tuple[int, ...]:
+        """Global ranks that hold `component`, or its experts of `expert_rank`."""
+        holders = [p for p in range(self.table.ranks) if component in self._components(p)]
+        held = self.topology.grid[:, holders]
+        if expert_rank is not None:
+            held = held[:, :, expert_rank]
+        return tuple(sorted(held.flatten().tolist()))
+
+    def replica_groups(self) -> Iterator[tuple[int, ...]]:
+        """Every replica group of the world, the same on every rank."""
+        for rank in range(self.table.ranks):
+            for component in self._components(rank):
+                yield self.replicas(component)
+                if component.startswith(("layers.", "mtp.")):
+                    for expert_rank in range(self.topology.expert):
+                        yield self.replicas(component, expert_rank)
+
+    def _modules_by_component(self) -> Iterator[tuple[str, nn.Module]]:
+        for index, layer in self.layers.items():
+            yield f"layers.{index}", layer
+        for k, depth in enumerate(self.mtp):
+            yield f"mtp.{k}", depth
+
+    def specs(self) -> list[ParameterSpec]:
+        """One per parameter of this rank, in canonical order."""
+        found: list[ParameterSpec] = []
+        for name, parameter in (("embed", self.embed), ("norm", self.norm), ("head", self.head)):
+            if parameter is not None:
+                parts = parts_of(name, tuple(parameter.shape), "", 0)
+                bucket = "embed" if name == "embed" else "output"
+                found.append(
+                    ParameterSpec(parameter, parts, self.replicas(name), bucket, self._uses(name), decays(name))
+                )
+        for component, module in self._modules_by_component():
+            parameters = dict(module.named_parameters())
+            for path, parts in module_parts(module, f"{component}.").items():
+                routed = path.startswith("experts.") or ".experts." in path
+                replicas = self.replicas(component, self.topology.expert_rank if routed else None)
+                bucket = f"{component}.{'experts' if routed else 'dense'}"
+                decay = decays(parts[0].name)
+                found.append(ParameterSpec(parameters[path], parts, replicas, bucket, self._uses(component), decay))
+        return found
+
+    def router_biases(self) -> dict[str, torch.Tensor]:
+        """Canonical name -> the bias buffer, for every MoE layer of this rank."""
+        return {
+            f"{segmented.name}.router.bias": segmented.layer.router.bias
+            for segmented in self.segmented.values()
+            if segmented.layer.moe
+        }
+
+    # Stages -----------------------------------------------------------------------------------------------------------
+
+    def build_stages(self, ops: Ops, dispatcher: Dispatcher) -> dict[tuple[int, int], TransformerStage]:
+        """The pipeline stages of this rank over its modules."""
+
+        def segmented(name: str, layer: TransformerLayer) -> SegmentedLayer:
+            if name not in self.segmented:
+                self.segmented[name] = SegmentedLayer(layer, name, ops, dispatcher)
+            return self.segmented[name]
+
+        for direction, stage in self.table.stages_of(self.topology.pipeline_rank):
+            layers = [segmented(f"layers.{i}", self.layers[str(i)]) for i in range(*self.split[stage])]  # type: ignore[arg-type]
+            output = None
+            if stage == self.table.stages - 1:
+                assert self.norm is not None and self.head is not None
+                depths = [
+                    Depth(depth, segmented(f"mtp.{k}.layer", depth.layer))  # type: ignore[arg-type]
+                    for k, depth in enumerate(self.mtp)
+                ]
+                output = Output(self.norm, self.head, depths)
+            key = (direction, stage)
+            self.stages[key] = TransformerStage(
+                key, ops, layers, self.embed, stage == 0, output, self.config.hidden_size
+            )
+        return self.stages

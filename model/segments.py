@@ -1,0 +1,202 @@
+"""A layer in segments, and its forward and backward as programs.
+
+`TransformerLayer.forward` is the definition; these segments compute the same with each graph cut at the transfers, so
+that the forward of one chunk and the backward of another can be advanced together.
+
+Shape letters: N tokens, d hidden, K experts per token, X expanded rows, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels.quantize import Quantized
+from model.latent_attention import Geometry, LatentAttention, latent_attention
+from model.layer import TransformerLayer
+from model.ops import Box, Ops, stand_in
+from model.recompute import Cell
+from model.router import expert_load, expert_weights, select_experts, sequence_balance_loss
+from parallel.expert.all_to_all import Received
+from parallel.expert.contract import Dispatcher, Pending
+from parallel.pipeline.contract import Program
+from parallel.pipeline.segment import Segment
+from parallel.pipeline.store import Bag
+
+TakeBag = Callable[[Bag], None]
+
+
+@dataclass
+class ChunkContext:
+    """What every layer needs of a chunk. real_N: False on padding. balance_scale: alpha / sequences of the step.
+    training False: nothing is counted."""
+
+    geometry: Geometry
+    real_N: torch.Tensor
+    balance_scale: float
+
+
+@dataclass
+class LayerState:
+    """What one layer keeps of one chunk between forward and backward."""
+
+    attention: Segment = field(default_factory=Segment)
+    mlp: Segment = field(default_factory=Segment)
+    experts: Segment = field(default_factory=Segment)
+    route: Any = None
+    box: Box = field(default_factory=Box)
+    again: Cell[torch.Tensor] | None = None
+    expert_index_NK: torch.Tensor | None = None
+
+
+class SegmentedLayer:
+    """One layer on one rank. load_E accumulates real tokens per expert over the step; balance the scaled balance
+    loss."""
+
+    def __init__(self, layer: TransformerLayer, name: str, ops: Ops, dispatcher: Dispatcher | None) -> None:
+        self.layer, self.name, self.ops, self.dispatcher = layer, name, ops, dispatcher
+        self.config = layer.config
+        self.load_E = torch.zeros(self.config.num_routed_experts, dtype=torch.int64) if layer.moe else None
+        self.balance = 0.0
+
+    def new_step(self) -> None:
+        """Start counting afresh."""
+        if self.load_E is not None:
+            self.load_E = torch.zeros_like(self.load_E)
+        self.balance = 0.0
+
+    # Segments -------------------------------------------------------------------------------------------------------
+
+    def _attention(self, x: torch.Tensor, context: ChunkContext, state: LayerState) -> tuple[torch.Tensor, ...]:
+        """x -> residual h, normed MLP input n (, router weights [N, K], scaled balance loss)."""
+        layer, ops, name = self.layer, self.ops, f"{self.name}.attention"
+        m = layer.attention
+        normed, again = ops.rmsnorm(x, layer.attn_norm)
+        given = ops.recomputed(normed, again)
+        first = ("q_a", m.q_a) if self.config.q_lora_rank else ("q", m.q)
+        q_latent = ops.linear(normed, first[1], given, f"{name}.{first[0]}")
+        kv_latent = ops.linear(normed, m.kv_a, given, f"{name}.kv_a")
+        core = LatentAttention(m, ops, context.geometry, name)
+        out, kept = latent_attention(q_latent, kv_latent, core)
+        h = x + ops.linear(out, m.o, ops.attention_output(kept, out), f"{name}.o")
+        n, state.again = ops.rmsnorm(h, layer.mlp_norm)
+        if not layer.moe:
+            return h, n
+        high = torch.promote_types(ops.dtype, torch.float32)
+        logits = ops.high_linear(n, layer.router.weight, state.again, f"{self.name}.router", high)
+        scores_NE = logits.sigmoid()
+        index_NK = select_experts(scores_NE, layer.router.bias, self.config)
+        state.expert_index_NK = index_NK
+        assert self.load_E is not None
+        self.load_E += expert_load(index_NK, self.config.num_routed_experts, context.real_N)
+        g = context.geometry
+        shape = (g.sequences, g.length)
+        balance_B = sequence_balance_loss(scores_NE.unflatten(0, shape), self.config, context.real_N.view(shape))
+        balance = balance_B.sum() * context.balance_scale
+        return h, n, expert_weights(scores_NE, index_NK, self.config), balance
+
+    def _mlp(self, n: torch.Tensor, state: LayerState) -> tuple[torch.Tensor]:
+        """The dense MLP, or the shared expert."""
+        part, ops = ("shared", self.layer.shared) if self.layer.moe else ("mlp", self.layer.mlp), self.ops
+        name, module = f"{self.name}.{part[0]}", part[1]
+        assert state.again is not None
+        gate_up = ops.linear(n, module.gate_up, ops.recomputed(n, state.again), f"{name}.gate_up")
+        inner, again = ops.swiglu(gate_up)
+        return (ops.linear(inner, module.down, ops.recomputed(inner, again), f"{name}.down"),)
+
+    def _experts(
+        self, x: torch.Tensor, weights_X: torch.Tensor, rows: torch.Tensor | Quantized, counts: list[int], box: Box
+    ) -> tuple[torch.Tensor]:
+        """Routed experts on their rows, each output already times its router weight."""
+        module, ops, name = self.layer.experts, self.ops, f"{self.name}.experts"
+        gate_up = ops.grouped_linear(x, module.gate_up, ops.dispatched(rows, counts), counts, f"{name}.gate_up")
+        inner, again = ops.swiglu(gate_up, weights_X)
+        given = ops.recomputed(inner, again, counts)
+        return (ops.grouped_linear(inner, module.down, given, counts, f"{name}.down", box),)
+
+    def _run_experts(self, state: LayerState, received: Received, dtype: torch.dtype) -> torch.Tensor:
+        rows, counts, box = received.rows, received.counts, state.box
+        entering = stand_in(*rows.shape, dtype) if isinstance(rows, Quantized) else rows
+        assert received.weights_X is not None
+        (out,) = state.experts.run(lambda x, w: self._experts(x, w, rows, counts, box), entering, received.weights_X)
+        return out
+
+    # Programs -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Pending[torch.Tensor], context: ChunkContext, state: LayerState) -> Program:
+        """Returns a Pending of the layer's output, waited for by the next layer or by whoever sends it."""
+        yield "attn(F)"
+        arrived = x.wait()
+        outputs = state.attention.run(lambda x: self._attention(x, context, state), arrived)
+        h, n = outputs[:2]
+        del arrived
+        if not self.layer.moe:
+            yield "mlp(F)"
+            (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
+            out = h + y
+            return Pending((), lambda: out)
+        assert self.dispatcher is not None
+        dispatcher = self.dispatcher
+        weights_NK = outputs[2]
+        self.balance += float(outputs[3])
+        state.route = dispatcher.plan(state.expert_index_NK)  # type: ignore[arg-type]
+        state.expert_index_NK = None
+        yield "dispatch(F)"
+        moving = dispatcher.scatter(state.route, self.ops.payload(n), weights_NK)
+        yield "mlp(F)"
+        # The shared expert needs no token of other ranks: it runs before the wait.
+        (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
+        expert_out = self._run_experts(state, moving.wait(), n.dtype)
+        residual = h + y
+        del n, y, h, outputs
+        yield "combine(F)"
+        combining = dispatcher.gather(state.route, expert_out)
+        del expert_out
+        return Pending((), lambda: residual + combining.wait()[0])
+
+    def backward(
+        self, dy: torch.Tensor, state: LayerState, weights: TakeBag, emit: Callable[[torch.Tensor], None]
+    ) -> Program:
+        """`weights` takes each segment's bag (run now, or kept for W); `emit` gets dx before the attention's weight
+        gradients."""
+        ops, store, dispatcher = self.ops, self.ops.store, self.dispatcher
+        dweights: torch.Tensor | None = None
+        combining: Any = None
+        if self.layer.moe:
+            assert dispatcher is not None
+            yield "combine(B)"
+            combining = dispatcher.scatter(state.route, ops.payload(dy))
+        yield "mlp(B)"
+        (dn,) = state.mlp.backward(store, dy)
+        moving: Any = None
+        if self.layer.moe:
+            assert dispatcher is not None
+            rows = combining.wait().rows
+            grad = rows
+            if isinstance(rows, Quantized):
+                state.box.value = rows
+                grad = stand_in(*rows.shape, dy.dtype)
+            drows, dweights_X = state.experts.backward(store, grad)
+            del rows, grad, combining
+            yield "dispatch(B)"
+            moving = dispatcher.gather(state.route, drows, dweights_X)
+            del drows
+        yield "mlp(W)"
+        weights(state.mlp.bag)
+        weights(state.experts.bag)
+        yield "attn(B)"
+        if self.layer.moe:
+            back, dweights = moving.wait()
+            dn = dn + back
+            one = torch.ones((), dtype=torch.promote_types(ops.dtype, torch.float32))
+            (dx,) = state.attention.backward(store, dy, dn, dweights, one)
+        else:
+            (dx,) = state.attention.backward(store, dy, dn)
+        del dn, dweights, moving
+        emit(dx)
+        yield "attn(W)"
+        weights(state.attention.bag)
+        return dx

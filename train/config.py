@@ -1,0 +1,101 @@
+"""The run's configuration: the schema that the YAML groups in `conf/` fill. Everything that advances is counted in tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from omegaconf import MISSING
+from parallel.config import ParallelConfig
+from parallel.optimizer.config import OptimizerConfig
+
+
+@dataclass
+class PrecisionConfig:
+    """compute: `bfloat16`, `float32` or `float64`. fp8: DeepSeek's FP8 recipe for the linears (V3 section 3.3)."""
+
+    compute: str = "bfloat16"
+    fp8: bool = False
+
+
+@dataclass
+class Ramp:
+    """From the piece before (or token 0) to `until` tokens of the stage: `linear` or `cosine` from `start` to `end`, or `constant`
+    at `start`. The last piece holds on after its end."""
+
+    until: int = MISSING
+    shape: str = "constant"
+    start: float = MISSING
+    end: float = 0.0
+
+
+@dataclass
+class StepValue:
+    """`value` up to `until` tokens of the stage; the last one holds on."""
+
+    until: int = MISSING
+    value: float = MISSING
+
+
+@dataclass
+class StageConfig:
+    """One stage of the run. length: tokens of a sequence (YaRN is on when it exceeds model.rope_scaling.original_length).
+
+    tokens: real tokens the stage trains on. sequences: sequences per step, by tokens. micro_batch: sequences of a micro-batch.
+    learning_rate; mtp_weight (lambda); bias_update (gamma of the router bias): by tokens. balance_weight: alpha of the sequence-wise
+    balance loss.
+    """
+
+    name: str = MISSING
+    length: int = MISSING
+    tokens: int = MISSING
+    micro_batch: int = 1
+    sequences: list[StepValue] = field(default_factory=list)
+    learning_rate: list[Ramp] = field(default_factory=list)
+    mtp_weight: list[StepValue] = field(default_factory=list)
+    bias_update: list[StepValue] = field(default_factory=list)
+    balance_weight: float = 0.0001
+
+
+@dataclass
+class DataConfig:
+    """directory: a corpus built by `python -m data build`. weights: mixture weight per source; empty means by its tokens."""
+
+    directory: str = MISSING
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between checkpoints (0: only at the end of a stage). keep: newest ones kept beside the stages' ends."""
+
+    every: int = 100
+    keep: int = 3
+
+
+@dataclass
+class LoggingConfig:
+    """wandb: `offline`, `online` or `disabled`. timeline_step: step of each stage whose pipeline is recorded for the report."""
+
+    wandb: str = "offline"
+    project: str = "bireme"
+    console: bool = True
+    timeline_step: int = 5
+
+
+@dataclass
+class RunConfig:
+    """A run. root/name is its directory: made of names, never of the clock."""
+
+    name: str = MISSING
+    root: str = "runs"
+    seed: int = 1234
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

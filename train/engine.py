@@ -1,0 +1,237 @@
+"""One training step over the layout: model parts, pipeline executor and sharded optimizer of this rank, wired together.
+
+Shape letters: L MoE layers, E experts, D MTP depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from data.contract import MicroBatch, StepCounts
+from model.config import ModelConfig
+from model.initialize import initial_rows
+from model.latent_attention import Geometry
+from model.names import canonical_shapes
+from model.ops import Ops
+from model.partition import RankModel
+from model.rope import Rotary
+from model.router import update_bias
+from model.segments import ChunkContext
+from model.stage import Chunk, LossScales
+from parallel.config import ParallelConfig
+from parallel.expert.all_to_all import AllToAllDispatcher
+from parallel.optimizer.config import OptimizerConfig
+from parallel.optimizer.contract import OptimizerStep
+from parallel.optimizer.zero1 import Zero1
+from parallel.pipeline.contract import DEFAULT_ORDER, PUBLISHED_ORDER
+from parallel.pipeline.executor import Executor, Measured
+from parallel.pipeline.store import WeightGradStore
+from parallel.schedule.actions import Table
+from parallel.schedule.registry import build
+from parallel.topology import Groups, Topology
+
+ORDERS = {"default": DEFAULT_ORDER, "published": PUBLISHED_ORDER}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step needs beside its tokens: denominators, loss weights, learning rate."""
+
+    counts: StepCounts
+    learning_rate: float
+    mtp_weight: float
+    balance_weight: float
+    bias_update: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Reduced over all ranks, the same on every one. Losses are means over their labels, in natural logarithm.
+
+    sources: main loss summed and labels counted are the caller's business: here the sums by source index. load_LE: real
+    tokens sent to each expert, MoE layer by MoE layer.
+    """
+
+    main: float
+    mtp: tuple[float, ...]
+    balance: float
+    total: float
+    source_sums: tuple[float, ...]
+    load_LE: torch.Tensor
+    optimizer: OptimizerStep
+    measured: list[Measured] = field(default_factory=list)
+
+
+class Engine:
+    """This rank's share of the model, driven step by step.
+
+    sources: number of mixture sources. Raises ValueError when layout and model do not fit.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        dtype: torch.dtype,
+        fp8: bool,
+        rank: int,
+        sources: int,
+    ) -> None:
+        self.config, self.parallel, self.dtype, self.sources = model, parallel, dtype, sources
+        self.topology = Topology.of(parallel, rank)
+        self.order = ORDERS[parallel.order]
+        self._tables: dict[int, Table] = {}
+        shape = self.table(2)
+        self.model = RankModel(model, self.topology, shape, parallel.layers_per_stage, dtype)
+        members = {*self.model.replica_groups(), *self.topology.expert_groups()}
+        self.groups = Groups(rank, members, parallel.timeout_seconds)
+        mine = next(g for g in self.topology.expert_groups() if rank in g)
+        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, self.groups[mine])
+        self.optimizer = Zero1(self.model.specs(), optimizer, self.groups, rank)
+        self.store = WeightGradStore(self.optimizer)
+        self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps)
+        self.stages = self.model.build_stages(self.ops, self.dispatcher)
+        self.moe_layers = [
+            *(f"layers.{i}" for i in range(model.first_dense_layers, model.num_layers)),
+            *(f"mtp.{k}.layer" for k in range(model.mtp_depth)),
+        ]
+        self._rotaries: dict[int, Rotary] = {}
+
+    def table(self, micro_batches: int) -> Table:
+        """The schedule for this many micro-batches; ValueError when there is none."""
+        if micro_batches not in self._tables:
+            self._tables[micro_batches] = build(self.parallel.schedule, self.parallel.pipeline, micro_batches)
+        return self._tables[micro_batches]
+
+    def initialize(self, seed: int) -> None:
+        """Fresh values by (seed, canonical name)."""
+        shapes = canonical_shapes(self.config)
+        std = self.config.init_std
+        self.optimizer.initialize(lambda name, first, last: initial_rows(name, shapes[name], std, seed, first, last))
+        self.ops.new_step()
+
+    # Samples ----------------------------------------------------------------------------------------------------------
+
+    def sample_order(self, first: int, sequences: int, micro_batch: int) -> dict[tuple[int, int], list[int]]:
+        """(direction, chunk) -> sample indices of this rank's pipeline, for a step of `sequences` samples from `first`."""
+        table = self.table(sequences // (self.topology.replicas * micro_batch))
+        per_direction = table.micro_batches // table.directions
+        found = {}
+        for direction, _ in table.stages_of(self.topology.pipeline_rank):
+            for chunk in range(per_direction):
+                at = (self.topology.replica * table.micro_batches + direction * per_direction + chunk) * micro_batch
+                found[direction, chunk] = list(range(first + at, first + at + micro_batch))
+        return found
+
+    def _chunk(self, batch: MicroBatch, balance_scale: float) -> Chunk:
+        sequences, length = batch.tokens.shape
+        if length not in self._rotaries:
+            self._rotaries[length] = Rotary(self.config, length)
+        rotary = self._rotaries[length]
+        cos, sin = rotary.tables(torch.arange(length), self.dtype)
+        geometry = Geometry(sequences, length, cos, sin, rotary.softmax_scale)
+        context = ChunkContext(geometry, torch.from_numpy(batch.real).flatten(), balance_scale)
+        depths = self.config.mtp_depth
+        return Chunk(
+            context,
+            torch.from_numpy(batch.tokens).flatten(),
+            torch.from_numpy(batch.labels).flatten(),
+            torch.from_numpy(batch.mtp_tokens[:depths]).reshape(depths, -1),
+            torch.from_numpy(batch.mtp_labels[:depths]).reshape(depths, -1),
+            torch.from_numpy(batch.source),
+        )
+
+    # Step -------------------------------------------------------------------------------------------------------------
+
+    def step(self, batches: dict[tuple[int, int], MicroBatch], micro_batches: int, plan: StepPlan) -> StepResult:
+        """Forward, backward and update over `batches` (this rank's, by direction and chunk)."""
+        counts, depths = plan.counts, self.config.mtp_depth
+        mtp = tuple(plan.mtp_weight / (depths * max(c, 1)) for c in counts.mtp[:depths])
+        scales = LossScales(1.0 / max(counts.main, 1), mtp)
+        balance_scale = plan.balance_weight / max(counts.sequences, 1)
+        table = self.table(micro_batches)
+        chunks = {key: self._chunk(batch, balance_scale) for key, batch in batches.items()}
+        per_direction = micro_batches // table.directions
+        for (direction, _), stage in self.stages.items():
+            stage.begin_step([chunks[direction, c] for c in range(per_direction)], scales)
+        for segmented in self.model.segmented.values():
+            segmented.new_step()
+        self.optimizer.begin_step({d: per_direction for d, _ in self.stages})
+        executor = Executor(
+            table,
+            self.topology.pipeline_rank,
+            dict(self.stages),
+            self.store,
+            self.dtype,
+            self.order,
+            self.topology.pipeline_peer,
+        )
+        executor.run()
+        stepped = self.optimizer.step(plan.learning_rate)
+        self.ops.new_step()
+        load_LE = self._reduce_load()
+        if not stepped.skipped:
+            self._update_biases(load_LE, plan.bias_update)
+        return self._reduce_losses(plan, scales, load_LE, stepped, executor.measured)
+
+    def _reduce_load(self) -> torch.Tensor:
+        """Every chunk passes every layer on exactly one rank, so a sum over the world counts each token once."""
+        load_LE = torch.zeros(len(self.moe_layers), self.config.num_routed_experts, dtype=torch.int64)
+        for row, name in enumerate(self.moe_layers):
+            segmented = self.model.segmented.get(name)
+            if segmented is not None and segmented.load_E is not None:
+                load_LE[row] = segmented.load_E
+        if self.topology.world_size > 1:
+            dist.all_reduce(load_LE)
+        return load_LE
+
+    def _update_biases(self, load_LE: torch.Tensor, gamma: float) -> None:
+        biases = self.model.router_biases()
+        for row, name in enumerate(self.moe_layers):
+            if gamma and f"{name}.router.bias" in biases:
+                update_bias(biases[f"{name}.router.bias"], load_LE[row], gamma)
+
+    def _reduce_losses(
+        self,
+        plan: StepPlan,
+        scales: LossScales,
+        load_LE: torch.Tensor,
+        stepped: OptimizerStep,
+        measured: list[Measured],
+    ) -> StepResult:
+        depths = self.config.mtp_depth
+        sums = torch.zeros(2 + depths + self.sources, dtype=torch.float64)
+        for stage in self.stages.values():
+            for losses in stage.losses:
+                sums[0] += losses.main_B.sum().to(sums.dtype)
+                sums[2 : 2 + depths] += losses.mtp_D.to(sums.dtype)
+                sums[2 + depths :].index_add_(0, losses.source_B, losses.main_B.to(sums.dtype))
+        sums[1] = sum(segmented.balance for segmented in self.model.segmented.values())
+        if self.topology.world_size > 1:
+            dist.all_reduce(sums)
+        values = sums.tolist()
+        main = values[0] / max(plan.counts.main, 1)
+        mtp = tuple(v / max(c, 1) for v, c in zip(values[2 : 2 + depths], plan.counts.mtp, strict=False))
+        total = main + values[1] + sum(v * s for v, s in zip(values[2 : 2 + depths], scales.mtp, strict=True))
+        source_sums = tuple(values[2 + depths :])
+        return StepResult(main, mtp, values[1], total, source_sums, load_LE, stepped, measured)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def owned_biases(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Router biases that this rank writes: each layer's by the first rank that holds it."""
+        for name, bias in self.model.router_biases().items():
+            component = name.removesuffix(".router.bias").removesuffix(".layer")
+            if self.model.replicas(component)[0] == self.topology.rank:
+                yield name, bias
+
+    def load_biases(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Restore the router biases of this rank."""
+        for name, bias in self.model.router_biases().items():
+            bias.copy_(read(name))
+        self.ops.new_step()
