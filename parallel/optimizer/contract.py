@@ -81,7 +81,12 @@ class GradientSink(Protocol):
 
 
 class ShardedOptimizer(GradientSink, Protocol):
-    """ZeRO-1 behind one protocol (own implementation; DeepSpeed's is a second one)."""
+    """ZeRO-1 behind one protocol (own implementation; DeepSpeed's is a second one).
+
+    updates: steps that were not skipped (Adam's bias correction). Not in `shards`: the run saves and restores it.
+    """
+
+    updates: int
 
     def begin_step(self, chunks: dict[int, int]) -> None:
         """Zero the accumulators and set expectations: chunks per direction in this step."""
@@ -102,4 +107,12 @@ class ShardedOptimizer(GradientSink, Protocol):
 
     def load_shards(self, read: Callable[[str, str, int, int], torch.Tensor]) -> None:
         """Restore owned state from `read(name, kind, first_row, last_row)`, dtypes kept exactly, then publish."""
+        ...
+
+    def named_gradients(self) -> Iterable[tuple[RowRange, torch.Tensor]]:
+        """Reduced, unclipped gradients of the owned rows, (rows, columns): between `step` and the next `begin_step`."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """True shape of every canonical tensor that this rank holds a copy of."""
         ...
