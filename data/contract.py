@@ -34,7 +34,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Source:
-    """One language or domain of the mixture."""
+    """One language or domain of the mixture.
+
+    tokens counts BOS and EOS. text_bytes: UTF-8 bytes of the texts. weight: relative share in the mixture where a stage names none, a
+    rational ("1/3").
+    """
 
     name: str
     language: str
@@ -42,6 +46,7 @@ class Source:
     tokens: int
     text_bytes: int
     blocks: tuple[Block, ...]
+    weight: str = "1"
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,25 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Packed sequences per block for one sequence length: `sequences[source name][block]`, blocks in manifest order.
+
+    Counts depend on document lengths alone, so they hold for every seed and epoch.
+    """
+
+    manifest_digest: str
+    length: int
+    sequences: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Some sequences of one step. b sequences of T tokens, D MTP depths; all arrays int64 unless said.
 
     tokens, labels, positions, documents: [b, T]. positions restart at 0 only at the start of the sequence (V3 has no
-    cross-document mask in pre-training). mtp_tokens, mtp_labels: [D, b, T]. real: [b, T] bool, False on padding.
-    source: [b] index into `StepBatch.source_names`.
+    cross-document mask in pre-training). documents: number of the document within its source, -1 on padding.
+    mtp_tokens, mtp_labels: [D, b, T]; mtp_tokens[k - 1, :, i] is tokens[:, i + k], PAD beyond the end. real: [b, T] bool,
+    False on padding. source: [b] index into `TokenStream.source_names`.
     """
 
     tokens: np.ndarray
@@ -94,13 +112,17 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Position in the stream, the same on every rank, plain JSON, under 2 KB."""
+    """Position in the stream, the same on every rank, plain JSON, under 2 KB.
+
+    per_source: samples taken from each. stream_digest: of everything else that fixes the order (length, weights, starting blocks).
+    """
 
     manifest_digest: str
     seed: int
     stage: str
     sample: int
     per_source: dict[str, int]
+    stream_digest: str = ""
 
 
 class TokenStream(Protocol):
