@@ -1,0 +1,150 @@
+"""Hugging Face folders: out and in again bit for bit; every problem of a bad folder in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.config import ModelConfig
+from model.errors import CannotWriteError, CheckpointError, ModelError
+from model.huggingface import INDEX, ReleasedFolder, export_model
+from model.names import canonical_shapes, canonical_tensors
+from model.released import released_entries
+from tests.model.models import model_config, random_model
+
+
+def export(folder: Path, config: ModelConfig, dtype: torch.dtype, **options: object) -> dict[str, torch.Tensor]:
+    tensors = canonical_tensors(random_model(config, dtype))
+    export_model(folder, config, tensors.__getitem__, dtype=dtype, **{"length": 128, **options})
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("q_lora_rank", [0, 16])
+def test_out_and_in_bit_for_bit(tmp_path: Path, dtype: torch.dtype, q_lora_rank: int) -> None:
+    config = model_config("tiny", q_lora_rank=q_lora_rank, mtp_depth=2, num_layers=2)
+    tensors = export(tmp_path / "out", config, dtype, shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    folder = ReleasedFolder(tmp_path / "out")
+    for name in canonical_shapes(config):
+        value = folder.read(name)
+        assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name
+    folder.config.name = config.name
+    folder.config.rope_scaling = config.rope_scaling
+    assert folder.config == config and folder.length == 128
+
+
+def test_yarn_is_said_only_by_a_checkpoint_of_an_extended_stage(tmp_path: Path) -> None:
+    config = model_config("tiny", num_layers=2)
+    export(tmp_path / "plain", config, torch.float32, length=128)
+    export(tmp_path / "yarn", config, torch.float32, length=129)
+    plain, yarn = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "yarn"))
+    assert plain["rope_scaling"] is None and plain["max_position_embeddings"] == 128
+    assert yarn["rope_scaling"]["type"] == "yarn" and yarn["max_position_embeddings"] == 5120
+    folder = ReleasedFolder(tmp_path / "yarn")
+    assert folder.config.rope_scaling == config.rope_scaling and folder.length == 5120
+
+
+def test_released_names_of_v3() -> None:
+    entries = {entry.name: entry for entry in released_entries(ModelConfig())}
+    # The released folder has 91,991 tensors: these, and a scale for each FP8 matrix.
+    matrices = 62 * 5 + 3 * 3 + 59 * 257 * 3
+    assert len(entries) + matrices == 91_991
+    assert entries["model.layers.61.eh_proj.weight"].shape == (7168, 14336)
+    assert entries["model.layers.61.shared_head.norm.weight"].canonical == "mtp.0.norm"
+    assert entries["model.layers.61.mlp.gate.e_score_correction_bias"].shape == (256,)
+    up = entries["model.layers.3.mlp.experts.0.up_proj.weight"]
+    assert (up.canonical, up.first_row, up.last_row, up.shape) == (
+        "layers.3.experts.0.gate_up", 2048, 4096, (2048, 7168)
+    )  # fmt: skip
+
+
+def test_copies_and_other_files(tmp_path: Path) -> None:
+    config = model_config("tiny", num_layers=2)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seen: list[str] = []
+    options = {"tokenizer_files": [tmp_path / "tokenizer.json"], "bos_id": 5, "eos_id": 6, "progress": seen.append}
+    tensors = export(tmp_path / "out", config, torch.bfloat16, **options)
+    assert seen == ["model-00001-of-00001.safetensors"]
+    stored = load_file(tmp_path / "out" / seen[0])
+    assert torch.equal(stored["model.layers.2.embed_tokens.weight"], tensors["embed"])
+    assert torch.equal(stored["model.layers.2.shared_head.head.weight"], tensors["head"])
+    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "bos_token_id": 5, "eos_token_id": 6
+    }  # fmt: skip
+    total = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"]
+    assert total == sum(value.nbytes for value in stored.values())
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:
+    config = model_config("tiny", num_layers=2)
+    tensors = canonical_tensors(random_model(config, torch.float32))
+    tensors["norm"] = tensors["norm"][1:]
+    with pytest.raises(CheckpointError, match=r"norm: shape \(31,\), expected \(32,\)"):
+        export_model(tmp_path / "out", config, tensors.__getitem__, length=128, shard_bytes=50_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals(tmp_path: Path) -> None:
+    config = model_config("tiny", num_layers=2)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CannotWriteError, match="exists already"):
+        export(tmp_path / "there", config, torch.float32)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CannotWriteError, match="Not a directory"):
+        export(tmp_path / "file" / "out", config, torch.float32)
+    with pytest.raises(ModelError, match="latent norms"):
+        export(tmp_path / "out", model_config("tiny", rms_norm_eps=1e-5, num_layers=2), torch.float32)
+    with pytest.raises(ModelError, match="dtype"):
+        export_model(tmp_path / "out", config, lambda name: torch.empty(0), length=128, dtype=torch.float16)
+
+
+def test_all_problems_of_the_weights_at_once(tmp_path: Path) -> None:
+    folder, config = tmp_path / "out", model_config("tiny", num_layers=2)
+    export(folder, config, torch.float32)
+    (file,) = folder.glob("*.safetensors")
+    stored = load_file(file)
+    del stored["model.layers.1.self_attn.o_proj.weight"]
+    stored["model.norm.weight"] = torch.ones(31)
+    stored["model.layers.0.mlp.extra.weight"] = torch.ones(2)
+    stored["lm_head.weight"] = stored["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(stored, file)
+    with pytest.raises(CheckpointError) as caught:
+        ReleasedFolder(folder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    for wanted in (
+        "model.layers.1.self_attn.o_proj.weight is missing, expected shape (32, 16)",
+        "model.norm.weight has shape (31,), expected (32,)",
+        "model.layers.0.mlp.extra.weight is not a tensor of this model",
+        "lm_head.weight is F8_E4M3",
+    ):
+        assert any(wanted in line for line in lines), wanted
+    assert caught.value.exit_code == 66
+
+
+def test_truncated_file_and_bad_config(tmp_path: Path) -> None:
+    folder, config = tmp_path / "out", model_config("tiny", num_layers=2)
+    export(folder, config, torch.float32)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ReleasedFolder(folder)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"hidden_act": "gelu", "rope_scaling": {"type": "linear", "factor": 2.0}}
+    del values["kv_lora_rank"]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError) as caught:
+        ReleasedFolder(folder)
+    assert len(str(caught.value).splitlines()) == 3
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        ReleasedFolder(folder)
+    with pytest.raises(CheckpointError, match="No such file"):
+        ReleasedFolder(tmp_path / "nowhere")
