@@ -44,6 +44,7 @@ ROW = 0.84  # height of a box, where rows are 1 apart
 WIDTH_IN = 16.0
 ROW_IN = 0.36
 DPI = 150
+SMALLEST_LABEL = 4.5  # points; a narrower box goes without its number
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _draw_box(axes: Axes, bar: Bar, start: float, end: float, y: float, height: 
     label = str(bar.chunk)
     room = (end - start) * points_per_unit
     size = min(9.0 if height > ROW / 2 else 7.5, 1.5 * room / len(label))
-    if size < 4.0:
+    if size < SMALLEST_LABEL:
         return
     axes.text(
         (start + end) / 2,
@@ -181,9 +182,14 @@ def _draw_box(axes: Axes, bar: Bar, start: float, end: float, y: float, height: 
 def _figures(panel: Panel) -> str:
     bubbles = [panel.bubble(rank) for rank in range(panel.ranks)]
     low, high = min(bubbles), max(bubbles)
-    spread = f"{low:.3g}" if high - low < 0.005 * panel.makespan else f"{low:.3g} to {high:.3g}"
+    spread = _figure(low) if high - low < 0.005 * panel.makespan else f"{_figure(low)} to {_figure(high)}"
     share = sum(bubbles) / (panel.ranks * panel.makespan)
-    return f"makespan {panel.makespan:.4g} {panel.unit_name}, idle per rank {spread} {panel.unit_name} ({share:.1%})"
+    unit = panel.unit_name
+    return f"makespan {_figure(panel.makespan)} {unit}, bubble {spread} {unit} per rank ({share:.1%})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _draw_legend(figure: Figure, panels: Sequence[Panel], top: float) -> None:
@@ -208,10 +214,10 @@ def _draw_legend(figure: Figure, panels: Sequence[Panel], top: float) -> None:
         figure.legend(
             handles=patches, loc="center left", bbox_to_anchor=(0.2, y), ncols=len(ops), frameon=False, fontsize=9
         )
-    note = "Numbers are micro-batches of their direction; grey is idle."
+    note = "Numbers are the micro-batches of a direction; grey is idle (bubble)."
     if any(len(panel.bars) > len({(b.rank, b.start, b.end) for b in panel.bars}) for panel in panels):
         note += " A black outline is a forward (upper half) overlapped with a backward (lower half)."
-    figure.text(0.055, top * 0.1, note, fontsize=9, va="center", style="italic")
+    figure.text(0.055, top * (0.78 - 0.34 * len(directions)), note, fontsize=9, va="center", style="italic")
 
 
 def _publish(figure: Figure, output: Path) -> None:

@@ -72,7 +72,9 @@ def _batches(items: list[_Stamped], following: Action | None, stages: int) -> li
     needs = {consumed(part, stages) for part in parts(following)} if isinstance(following, Compute | Pair) else set()
     first = len(items)
     if any(not item.send and item.boundary in needs for item in items):
-        first = 1 + max(i for i, item in enumerate(items) if item.send or item.boundary in needs)
+        last = max(item.time for item in items if item.send or item.boundary in needs)
+        # equal times stay together, or the line of stamps would differ from one rank to the next
+        first = sum(item.time <= last for item in items)
     return [Post(tuple(item.transfer() for item in batch)) for batch in (items[:first], items[first:]) if batch]
 
 

@@ -1,0 +1,147 @@
+"""Mutated tables are refused, each for its own reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from parallel.schedule.actions import Action, Compute, Op, Pair, Payload, Post, Table, Transfer
+from parallel.schedule.checker import Reason, ScheduleError, check
+from parallel.schedule.dualpipe import dualpipe
+from parallel.schedule.one_f_one_b import one_f_one_b
+from parallel.schedule.registry import build
+from parallel.schedule.simulator import Deadlock, simulate
+from parallel.schedule.transfers import forward_only, with_transfers
+
+Row = list[Action]
+
+
+def mutate(table: Table, rank: int, change: Callable[[Row], Row | None]) -> Table:
+    """`table` with rank's list changed in place (or replaced by what `change` returns)."""
+    rows = list(table.actions)
+    row = list(rows[rank])
+    rows[rank] = tuple(change(row) or row)
+    return replace(table, actions=tuple(rows))
+
+
+def place(row: Row, text: str) -> int:
+    return next(i for i, action in enumerate(row) if text in str(action))
+
+
+def refused(table: Table, reason: Reason) -> ScheduleError:
+    with pytest.raises(ScheduleError) as caught:
+        check(table)
+    assert caught.value.reason is reason, caught.value
+    return caught.value
+
+
+@pytest.mark.parametrize("text", ["F0.1@0", "B1.0@1", "I0.3@0", "W0.3@0"])
+def test_dropped_action(text: str) -> None:
+    error = refused(mutate(dualpipe(2, 8), 0, lambda row: row.pop(place(row, text)) and None), Reason.MISSING)
+    assert error.rank == 0
+    assert str(error.action)[1:] == text[1:]
+
+
+def test_swapped_input_and_weight_gradient() -> None:
+    def swap(row: Row) -> None:
+        i, w = row.index(Compute(Op.I, 0, 0, 3)), row.index(Compute(Op.W, 0, 0, 3))
+        row[i], row[w] = row[w], row[i]
+
+    error = refused(mutate(dualpipe(2, 8), 0, swap), Reason.QUEUE)
+    assert (error.rank, str(error.action)) == (0, "W0.3@0")
+
+
+def test_weight_gradients_out_of_turn() -> None:
+    def swap(row: Row) -> None:
+        row[-1], row[-2] = row[-2], row[-1]
+
+    refused(mutate(dualpipe(8, 20), 3, swap), Reason.QUEUE)
+
+
+def test_crossed_sends_pass_by_name_but_not_by_order() -> None:
+    def cross(row: Row) -> None:
+        i = next(i for i, a in enumerate(row) if isinstance(a, Post) and sum(t.send for t in a.transfers) == 2)
+        post = row[i]
+        assert isinstance(post, Post)
+        row[i] = Post(tuple(reversed(post.transfers)))
+
+    table = mutate(dualpipe(4, 8), 1, cross)
+    simulate(table, mode="gloo")
+    assert refused(table, Reason.CROSSED).rank == 1
+
+
+def test_receive_posted_ahead_blocks_nccl_only() -> None:
+    """Rank 0 posts the receive of its first gradient before its first send: the send stays behind it for ever."""
+
+    def hoist(row: Row) -> Row:
+        gradient = Transfer(False, Payload.GRADIENT, 0, 0, 0, 1)
+        rest = [
+            Post(tuple(t for t in action.transfers if t != gradient)) if isinstance(action, Post) else action
+            for action in row
+        ]
+        return [Post((gradient,)), *(action for action in rest if action != Post(()))]
+
+    table = mutate(one_f_one_b(2, 4), 0, hoist)
+    simulate(table, mode="gloo")
+    error = refused(table, Reason.DEADLOCK_NCCL)
+    assert error.rank == 0
+    assert "[g0.0@0<-1]" in str(error)
+
+
+def test_circular_wait_blocks_both_modes() -> None:
+    """Rank 0 wants its first gradient before it makes the second activation; rank 1 wants both activations first."""
+    f, b = (lambda s, c: Compute(Op.F, 0, s, c)), (lambda s, c: Compute(Op.B, 0, s, c))
+    a = lambda send, c: Post((Transfer(send, Payload.ACTIVATION, 0, 1, c, 1 if send else 0),))  # noqa: E731
+    g = lambda send, c: Post((Transfer(send, Payload.GRADIENT, 0, 0, c, 0 if send else 1),))  # noqa: E731
+    zero = (f(0, 0), a(True, 0), g(False, 0), b(0, 0), f(0, 1), a(True, 1), g(False, 1), b(0, 1))
+    one = (a(False, 0), f(1, 0), a(False, 1), f(1, 1), b(1, 0), g(True, 0), b(1, 1), g(True, 1))
+    error = refused(Table("circular", 2, 2, 2, ((0, 1),), (zero, one)), Reason.DEADLOCK_GLOO)
+    assert "rank 0 at B0.0@0, rank 1 at F0.1@1" in str(error)
+    computes = [[x for x in row if not isinstance(x, Post)] for row in (zero, one)]
+    with pytest.raises(Deadlock):
+        with_transfers("circular", 2, ((0, 1),), computes)
+
+
+def test_other_refusals() -> None:
+    table = dualpipe(4, 8)
+
+    def repeat(row: Row) -> None:
+        row.append(row[place(row, "F0.0")])
+
+    refused(mutate(table, 0, repeat), Reason.REPEATED)
+    refused(mutate(table, 0, lambda row: row.insert(0, Compute(Op.F, 0, 2, 0))), Reason.PLACEMENT)
+    refused(mutate(table, 0, lambda row: row.append(Compute(Op.I, 0, 0, 0))), Reason.REPEATED)
+    refused(mutate(table, 0, lambda row: row.pop(place(row, "[")) and None), Reason.UNMATCHED)
+    refused(mutate(table, 0, lambda row: row.insert(0, row.pop(place(row, "I1")))), Reason.ORDER)
+    refused(mutate(table, 0, lambda row: row.insert(0, row.pop(place(row, "->")))), Reason.SEND_EARLY)
+    refused(mutate(table, 0, lambda row: row.append(row.pop(place(row, "<-")))), Reason.RECEIVE_LATE)
+    refused(replace(table, micro_batches=10), Reason.SHAPE)
+    refused(replace(table, actions=table.actions[:3]), Reason.SHAPE)
+
+    def wrong_peer(row: Row) -> None:
+        i = place(row, "->1")
+        post = row[i]
+        assert isinstance(post, Post)
+        row[i] = Post(tuple(replace(t, peer=2) if t.send else t for t in post.transfers))
+
+    refused(mutate(table, 0, wrong_peer), Reason.PEER)
+
+    def pair_of_one_chunk(row: Row) -> None:
+        i = next(i for i, action in enumerate(row) if isinstance(action, Pair))
+        pair = row[i]
+        assert isinstance(pair, Pair)
+        row[i] = Pair(pair.forward, replace(pair.forward, op=Op.B))
+
+    refused(mutate(table, 0, pair_of_one_chunk), Reason.PAIR)
+
+
+def test_forward_only() -> None:
+    for name in ("dualpipe", "1f1b", "gpipe"):
+        table = forward_only(build(name, 4, 6))
+        report = check(table, forward_only=True)
+        assert report.peak_chunks == (1, 1, 1, 1)
+        refused(table, Reason.MISSING)
+        with pytest.raises(ScheduleError):
+            check(build(name, 4, 6), forward_only=True)
