@@ -36,8 +36,8 @@ class Block:
 class Source:
     """One language or domain of the mixture.
 
-    tokens counts BOS and EOS. text_bytes: UTF-8 bytes of the texts. weight: relative share in the mixture where a stage names none, a
-    rational ("1/3").
+    tokens counts BOS and EOS. text_bytes: UTF-8 bytes of the texts. weight: relative share in the mixture where a
+    stage names none, a rational ("1/3").
     """
 
     name: str
@@ -81,8 +81,8 @@ class MicroBatch:
 
     tokens, labels, positions, documents: [b, T]. positions restart at 0 only at the start of the sequence (V3 has no
     cross-document mask in pre-training). documents: number of the document within its source, -1 on padding.
-    mtp_tokens, mtp_labels: [D, b, T]; mtp_tokens[k - 1, :, i] is tokens[:, i + k], PAD beyond the end. real: [b, T] bool,
-    False on padding. source: [b] index into `TokenStream.source_names`.
+    mtp_tokens, mtp_labels: [D, b, T]; mtp_tokens[k - 1, :, i] is tokens[:, i + k], PAD beyond the end. real: [b, T]
+    bool, False on padding. source: [b] index into `TokenStream.source_names`.
     """
 
     tokens: np.ndarray
@@ -114,7 +114,8 @@ class StepCounts:
 class StreamState:
     """Position in the stream, the same on every rank, plain JSON, under 2 KB.
 
-    per_source: samples taken from each. stream_digest: of everything else that fixes the order (length, weights, starting blocks).
+    per_source: samples taken from each. stream_digest: of everything else that fixes the order (length, weights,
+    starting blocks).
     """
 
     manifest_digest: str

@@ -1,0 +1,107 @@
+"""`python -m data COMMAND [key=value ...]`: fetch, build, baselines. The last line of each is one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.baselines import baselines
+from data.build import build
+from data.compose import compose_dataclass, nearest
+from data.config import BaselinesConfig, DataConfig, FetchConfig
+from data.errors import DataError, UsageError
+from data.fetch import fetch
+from data.ledger import ledger_table
+
+COMMANDS = ("fetch", "build", "baselines")
+USAGE = """usage: python -m data COMMAND [key=value ...]
+  fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
+  build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
+             (config=NAME is conf/data/NAME.yaml; every key of it can be given)
+  baselines  bits per byte of simple models, held-out text  data=DIR"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code. Faults the user can cause are one line on stderr."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else UsageError.exit_code
+    command, *rest = arguments
+    errors = Console(stderr=True)
+    started = time.monotonic()
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"unknown command '{command}'{nearest(command, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
+        result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest, errors)
+    except DataError as error:
+        print(f"data: {error}".replace("\n", " "), file=sys.stderr)
+        return error.exit_code
+    result = {"command": command, **result, "seconds": round(time.monotonic() - started, 2)}
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _fetch(arguments: list[str], errors: Console) -> dict[str, Any]:
+    config = compose_dataclass(FetchConfig, None, arguments)
+    return {"out": config.out, "sources": fetch(config, lambda line: print(line, flush=True))}
+
+
+def _build(arguments: list[str], errors: Console) -> dict[str, Any]:
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("config=")]
+    keys = [argument for argument in arguments if not argument.startswith("config=")]
+    config = compose_dataclass(DataConfig, names[-1] if names else "demo", keys)
+    report = build(config, errors)
+    console = Console()
+    console.print(ledger_table(report["steps"]))
+    table = Table(title="ready to train")
+    for column in (
+        "language",
+        "documents",
+        "bytes",
+        "tokens",
+        "bytes per token",
+        "blocks",
+        "held-out documents (bytes)",
+    ):
+        table.add_column(column, justify="right")
+    for language, row in report["languages"].items():
+        heldout = f"{row['heldout_documents']} ({row['heldout_bytes']})"
+        figures = (
+            row["documents"],
+            row["bytes"],
+            row["tokens"],
+            f"{row['bytes_per_token']:.2f}",
+            row["blocks"],
+            heldout,
+        )
+        table.add_row(language, *(str(figure) for figure in figures))
+    console.print(table)
+    for pair in report["near_duplicates"]:
+        console.print(f"near duplicate of {pair['kept']} removed: {pair['removed']}")
+    if report["reused"]:
+        console.print(f"{config.out}: finished build of the same settings and sources reused")
+    return {"out": config.out, **{key: value for key, value in report.items() if key != "files"}}
+
+
+def _baselines(arguments: list[str], errors: Console) -> dict[str, Any]:
+    config = compose_dataclass(BaselinesConfig, None, arguments)
+    figures = baselines(Path(config.data))
+    table = Table(title="bits per byte of held-out text")
+    columns = list(next(iter(figures.values())))
+    for column in ("language", *columns):
+        table.add_column(column.replace("_", " "), justify="right")
+    for language, row in figures.items():
+        table.add_row(language, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    return {"data": config.data, "bits_per_byte": figures}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

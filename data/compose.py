@@ -1,0 +1,119 @@
+"""Hydra's Compose API into a dataclass, with every fault as one line.
+
+Defaults come from the dataclass, then conf/data/NAME.yaml, then `key=value` arguments. Hydra accepts a stray `+key=1`
+even on a structured node, so the result is merged once more into the bare schema, which refuses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from data.errors import DataError, UsageError
+
+T = TypeVar("T")
+CONF = Path(__file__).resolve().parent.parent / "conf" / "data"
+
+
+def compose_dataclass(schema: type[T], config_name: str | None, overrides: Sequence[str], conf: Path = CONF) -> T:
+    """`schema` filled from conf/`config_name`.yaml (None: from nothing) and `overrides`, as real dataclasses.
+
+    Errors: UsageError naming the key, with the nearest known one; DataError for a key given twice in the YAML.
+    """
+    defaults = ["bireme_schema", *([config_name] if config_name else []), "_self_"]
+    store = ConfigStore.instance()
+    store.store(name="bireme_schema", node=schema)
+    store.store(name="bireme_root", node={"defaults": defaults})
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+            composed = compose("bireme_root", overrides=list(overrides))
+        bare = OmegaConf.to_container(composed, resolve=False)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), bare)
+        OmegaConf.resolve(merged)
+        filled = OmegaConf.to_object(merged)
+    except MissingConfigException:
+        names = sorted(path.stem for path in conf.glob("*.yaml"))
+        raise UsageError(f"no configuration '{config_name}' in {conf}: found {', '.join(names)}") from None
+    except MissingMandatoryValue as error:
+        raise UsageError(f"key '{error.full_key}' has no value; give it as {error.full_key}=VALUE") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, schema)) from None
+    except YAMLError as error:
+        fault = f"{conf / f'{config_name}.yaml'}: {_yaml_fault(error)}"
+        raise (DataError if "duplicate key" in fault else UsageError)(fault) from None
+    assert isinstance(filled, schema)
+    return filled
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the nearest known word, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def schema_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of every key of a dataclass; `*` stands for the free level of a dict of dataclasses."""
+    keys = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        keys.append(prefix + item.name)
+        inner, level = hints[item.name], ""
+        if get_origin(inner) is dict:
+            inner, level = get_args(inner)[1], "*."
+        if is_dataclass(inner):
+            keys += schema_keys(inner, f"{prefix}{item.name}.{level}")  # type: ignore[arg-type]
+    return keys
+
+
+def _explain(error: Exception, schema: type) -> str:
+    key = _unknown_key(error)
+    if key is None:
+        return f"configuration: {_line(_root(error))}"
+    known = schema_keys(schema)
+    parent, _, last = key.rpartition(".")
+    hint = nearest(key, known)
+    if not hint:
+        hint = nearest(last, {name.rpartition(".")[2] for name in known})
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    allowed = f"; allowed here: {', '.join(siblings)}" if siblings and not hint else ""
+    return f"unknown key '{key}'{hint}{allowed}"
+
+
+def _unknown_key(error: BaseException | None) -> str | None:
+    while error is not None:
+        text = str(error)
+        if "not in" in text and (match := re.search(r"full_key: (\S+)", text)):
+            return match.group(1)
+        if "not in" in str(_root(error)) and (match := re.search(r"Could not override '([^']+)'", text)):
+            return match.group(1)
+        error = error.__cause__
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "See http"))]
+    return "; ".join(kept[:3])
+
+
+def _yaml_fault(error: Any) -> str:
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem}" + (f" (line {mark.line + 1})" if mark else "")

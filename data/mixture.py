@@ -1,0 +1,70 @@
+"""The mixture of sources as one periodic table, so that the source of any sample is found in O(1).
+
+Weights are rationals; scaled to integers w_i with sum W they repeat after W samples. Sample k (1-based) goes, of the
+sources with n_i < w_i k / W, to the one with the smallest (n_i + 1) / w_i (earliest deadline first; Tijdeman 1980):
+every source then stays within one sample of its share at every step. Taking the largest deficit alone would not, from
+about six skewed sources on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+
+from data.config import MAX_WEIGHT_PERIOD
+from data.errors import UsageError
+
+
+class Mixture:
+    """Which source each sample comes from. Samples are counted from 0.
+
+    names: sources in the order given. share: integer weight w_i of each. period: W.
+    Error: UsageError when the period exceeds MAX_WEIGHT_PERIOD (choose weights with smaller denominators).
+    """
+
+    def __init__(self, weights: Mapping[str, Fraction]) -> None:
+        if not weights or any(weight <= 0 for weight in weights.values()):
+            raise UsageError(f"mixture weights must be more than 0, found {dict(weights)}")
+        scale = math.lcm(*(weight.denominator for weight in weights.values()))
+        whole = [int(weight * scale) for weight in weights.values()]
+        common = math.gcd(*whole)
+        self.names = tuple(weights)
+        self.share = np.array([weight // common for weight in whole], dtype=np.int64)
+        self.period = int(self.share.sum())
+        if self.period > MAX_WEIGHT_PERIOD:
+            shown = ", ".join(f"{name}={weight}" for name, weight in weights.items())
+            raise UsageError(
+                f"mixture weights {shown} repeat only after {self.period} samples, allowed {MAX_WEIGHT_PERIOD}"
+            )
+        self.source_K = _table(self.share)
+        self.rank_K = np.empty(self.period, dtype=np.int64)
+        for source in range(len(self.names)):
+            places = np.flatnonzero(self.source_K == source)
+            self.rank_K[places] = np.arange(len(places))
+
+    def locate(self, sample_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source index, how many samples of that source came before), int64 [N] each, for sample indices int64 [N]."""
+        turn_N, place_N = np.divmod(sample_N, self.period)
+        source_N = self.source_K[place_N]
+        return source_N, turn_N * self.share[source_N] + self.rank_K[place_N]
+
+    def taken(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples each source gave, int64 [sources]."""
+        turns, rest = divmod(samples, self.period)
+        return turns * self.share + np.bincount(self.source_K[:rest], minlength=len(self.share))
+
+
+def _table(share_S: np.ndarray) -> np.ndarray:
+    period = int(share_S.sum())
+    taken_S = np.zeros_like(share_S)
+    source_K = np.empty(period, dtype=np.int64)
+    for k in range(1, period + 1):
+        # Quotients of integers below 2^53 are equal as floats exactly when they are equal as rationals of denominators
+        # this small.
+        deadline_S = np.where(taken_S * period < share_S * k, (taken_S + 1) / share_S, np.inf)
+        source_K[k - 1] = chosen = int(np.argmin(deadline_S))
+        taken_S[chosen] += 1
+    return source_K
