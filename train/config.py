@@ -1,11 +1,13 @@
-"""The run's configuration: the schema that the YAML groups in `conf/` fill. Everything that advances is counted in tokens."""
+"""The run's configuration: the schema that the YAML groups in `conf/` fill. Everything that advances is counted in
+tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.config import ModelConfig
 from omegaconf import MISSING
+
+from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
 
@@ -20,8 +22,8 @@ class PrecisionConfig:
 
 @dataclass
 class Ramp:
-    """From the piece before (or token 0) to `until` tokens of the stage: `linear` or `cosine` from `start` to `end`, or `constant`
-    at `start`. The last piece holds on after its end."""
+    """From the piece before (or token 0) to `until` tokens of the stage: `linear` or `cosine` from `start` to `end`,
+    or `constant` at `start`. The last piece holds on after its end."""
 
     until: int = MISSING
     shape: str = "constant"
@@ -39,11 +41,12 @@ class StepValue:
 
 @dataclass
 class StageConfig:
-    """One stage of the run. length: tokens of a sequence (YaRN is on when it exceeds model.rope_scaling.original_length).
+    """One stage of the run. length: tokens of a sequence (YaRN is on when it exceeds
+    model.rope_scaling.original_length).
 
-    tokens: real tokens the stage trains on. sequences: sequences per step, by tokens. micro_batch: sequences of a micro-batch.
-    learning_rate; mtp_weight (lambda); bias_update (gamma of the router bias): by tokens. balance_weight: alpha of the sequence-wise
-    balance loss.
+    tokens: real tokens the stage trains on. sequences: sequences per step, by tokens. micro_batch: sequences of a
+    micro-batch. learning_rate; mtp_weight (lambda); bias_update (gamma of the router bias): by tokens.
+    balance_weight: alpha of the sequence-wise balance loss.
     """
 
     name: str = MISSING
@@ -59,15 +62,17 @@ class StageConfig:
 
 @dataclass
 class DataConfig:
-    """directory: a corpus built by `python -m data build`. weights: mixture weight per source; empty means by its tokens."""
+    """directory: a corpus built by `python -m data build`. weights: mixture weight (a rational) per source; empty
+    means the corpus's own."""
 
     directory: str = MISSING
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints (0: only at the end of a stage). keep: newest ones kept beside the stages' ends."""
+    """every: steps between checkpoints (0: only at the end of a stage). keep: newest ones kept beside the stages'
+    ends."""
 
     every: int = 100
     keep: int = 3
@@ -75,7 +80,8 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """wandb: `offline`, `online` or `disabled`. timeline_step: step of each stage whose pipeline is recorded for the report."""
+    """wandb: `offline`, `online` or `disabled`. timeline_step: step of each stage whose pipeline is recorded for the
+    report."""
 
     wandb: str = "offline"
     project: str = "bireme"

@@ -118,7 +118,8 @@ class Engine:
     # Samples ----------------------------------------------------------------------------------------------------------
 
     def sample_order(self, first: int, sequences: int, micro_batch: int) -> dict[tuple[int, int], list[int]]:
-        """(direction, chunk) -> sample indices of this rank's pipeline, for a step of `sequences` samples from `first`."""
+        """(direction, chunk) -> sample indices of this rank's pipeline, for a step of `sequences` samples from
+        `first`."""
         table = self.table(sequences // (self.topology.replicas * micro_batch))
         per_direction = table.micro_batches // table.directions
         found = {}

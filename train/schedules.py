@@ -11,7 +11,8 @@ SHAPES = ("constant", "linear", "cosine")
 
 
 def ramp_value(pieces: Sequence[Ramp], tokens: int) -> float:
-    """The value after `tokens` tokens. Pieces follow each other; past the last one its end value holds (V3 section 4.2)."""
+    """The value after `tokens` tokens. Pieces follow each other; past the last one its end value holds (V3 section
+    4.2)."""
     begin = 0
     for piece in pieces:
         if tokens < piece.until:

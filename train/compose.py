@@ -1,0 +1,127 @@
+"""From the YAML groups in `conf/` and `key=value` arguments to a checked `RunConfig`, the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from data.compose import compose_dataclass
+from data.errors import DataError
+from parallel.schedule.registry import build
+from train.config import RunConfig, StageConfig
+from train.errors import ConfigError
+from train.schedules import SHAPES
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "float64": "float64"}
+
+
+def compose_run(overrides: Sequence[str], conf: Path = CONF) -> RunConfig:
+    """conf/config.yaml with overrides, validated. Raises ConfigError with all problems in one line."""
+    try:
+        config = compose_dataclass(RunConfig, "config", overrides, conf)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    problems = problems_of(config)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Everything that cannot work, each with its key, what was found and what is allowed."""
+    p, m, found = config.parallel, config.model, list[str]()
+    for key in ("pipeline", "expert", "data"):
+        if getattr(p, key) < 1:
+            found.append(f"parallel.{key}: found {getattr(p, key)}, allowed 1 or more")
+    if found:
+        return found
+    if p.order not in ("default", "published"):
+        found.append(f"parallel.order: found '{p.order}', allowed default, published")
+    if m.num_routed_experts % p.expert:
+        found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
+    if m.num_routed_experts % m.num_expert_groups:
+        found.append(
+            f"model.num_expert_groups: found {m.num_expert_groups}, allowed divisors of {m.num_routed_experts}"
+        )
+    elif m.experts_per_token > m.num_routed_experts // m.num_expert_groups * m.groups_per_token:
+        reachable = m.num_routed_experts // m.num_expert_groups * m.groups_per_token
+        found.append(f"model.experts_per_token: found {m.experts_per_token}, allowed at most {reachable}")
+    if m.num_layers < p.pipeline:
+        found.append(f"parallel.pipeline: found {p.pipeline}, allowed at most the model's {m.num_layers} layers")
+    if p.layers_per_stage and (len(p.layers_per_stage) != p.pipeline or sum(p.layers_per_stage) != m.num_layers):
+        found.append(
+            f"parallel.layers_per_stage: found {p.layers_per_stage}, allowed {p.pipeline} numbers adding up to "
+            f"{m.num_layers}"
+        )
+    if config.precision.compute not in COMPUTE:
+        found.append(f"precision.compute: found '{config.precision.compute}', allowed {', '.join(COMPUTE)}")
+    if config.precision.fp8 and config.precision.compute != "bfloat16":
+        found.append(f"precision.fp8: needs precision.compute bfloat16, found {config.precision.compute}")
+    if config.logging.wandb not in ("offline", "online", "disabled"):
+        found.append(f"logging.wandb: found '{config.logging.wandb}', allowed offline, online, disabled")
+    if config.resume not in ("auto", "never"):
+        found.append(f"resume: found '{config.resume}', allowed auto, never")
+    if not config.stages:
+        found.append("stages: none given; choose an experiment (experiment=demo) or write them")
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) != len(names):
+        found.append(f"stages: names must differ, found {names}")
+    for i, stage in enumerate(config.stages):
+        found += _stage_problems(config, stage, f"stages.{i}")
+    return found
+
+
+def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]:
+    found = []
+    for key in ("length", "tokens", "micro_batch"):
+        if getattr(stage, key) < 1:
+            found.append(f"{at}.{key}: found {getattr(stage, key)}, allowed 1 or more")
+    for key in ("sequences", "learning_rate", "mtp_weight", "bias_update"):
+        pieces = getattr(stage, key)
+        if not pieces:
+            found.append(f"{at}.{key}: empty, at least one piece is needed")
+        untils = [piece.until for piece in pieces]
+        if untils != sorted(set(untils)):
+            found.append(f"{at}.{key}: `until` must grow, found {untils}")
+    for piece in stage.learning_rate:
+        if piece.shape not in SHAPES:
+            found.append(f"{at}.learning_rate: shape found '{piece.shape}', allowed {', '.join(SHAPES)}")
+        if min(piece.start, piece.end) < 0:
+            found.append(f"{at}.learning_rate: found {min(piece.start, piece.end)}, allowed 0 or more")
+    if found:
+        return found
+    replicas = config.parallel.expert * config.parallel.data
+    for piece in stage.sequences:
+        per_pipeline, rest = divmod(int(piece.value), replicas * stage.micro_batch)
+        if rest or piece.value != int(piece.value):
+            found.append(
+                f"{at}.sequences: found {piece.value}, allowed multiples of {replicas * stage.micro_batch} "
+                f"({replicas} replicas x micro-batches of {stage.micro_batch})"
+            )
+            continue
+        try:
+            build(config.parallel.schedule, config.parallel.pipeline, per_pipeline)
+        except ValueError as error:
+            found.append(f"{at}.sequences: {piece.value:g} gives {per_pipeline} micro-batches per pipeline: {error}")
+    return found
+
+
+def config_json(config: RunConfig) -> str:
+    """The resolved configuration as canonical JSON."""
+    return json.dumps(asdict(config), sort_keys=True, indent=1)
+
+
+def config_digest(config: RunConfig) -> str:
+    """sha256 of the resolved configuration; equal on all ranks of a run."""
+    return hashlib.sha256(config_json(config).encode()).hexdigest()
+
+
+def config_yaml(config: RunConfig) -> str:
+    """The resolved configuration as it is saved in the run directory."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

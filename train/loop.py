@@ -1,0 +1,244 @@
+"""The training loop: stages in turn, one step at a time, checkpoints, metrics, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from data.contract import StepCounts, StreamState
+from data.stream import Stream, open_stream
+from parallel.optimizer.config import dtype_of
+from parallel.pipeline.executor import Measured
+from train.agree import gather_json
+from train.compose import config_digest, config_json
+from train.config import RunConfig, StageConfig
+from train.engine import Engine, StepPlan, StepResult
+from train.errors import ConfigError, NumericError
+from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
+from train.run_checkpoints import RunCheckpoints, restore
+from train.rundir import RunDirectory
+from train.schedules import ramp_value, step_value
+from train.state import RunState
+from train.timeline import write_timeline
+
+MAX_BAD_STEPS = 5
+
+
+class Preempted(Exception):
+    """A stop was asked for; a checkpoint has been saved."""
+
+
+class Trainer:
+    """One rank of a run. Raises RunError kinds for what a user can mend, Preempted after a requested stop."""
+
+    def __init__(self, config: RunConfig, rank: int, directory: RunDirectory) -> None:
+        self.config, self.rank, self.directory = config, rank, directory
+        self._agree()
+        self.sources = self._source_names()
+        self.engine = Engine(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            dtype_of(config.precision.compute),
+            config.precision.fp8,
+            rank,
+            len(self.sources),
+        )
+        self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
+        self.state = RunState()
+        self._restore()
+        self.metrics: RunMetrics = open_metrics(
+            directory.path,
+            rank=rank,
+            step=self.state.step,
+            total_tokens=sum(stage.tokens for stage in config.stages),
+            tracker_id=self.state.tracker_id,
+            wandb=config.logging.wandb,
+            project=config.logging.project,
+            console=config.logging.console,
+            run_config=json.loads(config_json(config)),
+        )
+
+    def _agree(self) -> None:
+        digests = gather_json(config_digest(self.config))
+        if len(set(digests)) > 1:
+            raise ConfigError(f"configuration: ranks were started with different ones: {sorted(set(digests))}")
+
+    def _source_names(self) -> tuple[str, ...]:
+        return self._open(self.config.stages[0], {}).source_names
+
+    def _open(self, stage: StageConfig, started: dict[str, int]) -> Stream:
+        stream = open_stream(
+            self.config.data.directory,
+            stage.length,
+            mtp_depth=self.config.model.mtp_depth,
+            seed=self.config.seed,
+            stage=stage.name,
+            weights=self.config.data.weights or None,
+            start_blocks=started,
+        )
+        if stream.manifest.vocab_size > self.config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size: found {self.config.model.vocab_size}, the data's tokenizer needs at least "
+                f"{stream.manifest.vocab_size}"
+            )
+        return stream
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        latest, refused = None, list[str]()
+        if self.config.resume == "auto":
+            latest, refused = self.checkpoints.latest([stage.name for stage in self.config.stages])
+        if self.rank == 0:
+            for line in refused:
+                print(f"bireme: warning: {line}", file=sys.stderr, flush=True)
+        if latest is None:
+            self.engine.initialize(self.config.seed)
+            self.state.tracker_id = str(gather_json(new_tracker_id())[0])
+            return
+        restore(latest, self.engine, self.config.optimizer)
+        self.state = RunState.from_json(latest.state["run"])
+        self.engine.optimizer.updates = self.state.updates
+
+    def _save(self, position: StreamState, stage: str | None = None) -> None:
+        """A checkpoint of the state as it is now. stage: the end of that stage, kept for good."""
+        started = time.perf_counter()
+        self.state.updates = self.engine.optimizer.updates
+        self.state.stream = asdict(position)
+        state = {"run": self.state.to_json(), "config": json.loads(config_json(self.config))}
+        path = self.checkpoints.save(self.state.step, self.engine, state, stage)
+        seconds = round(time.perf_counter() - started, 3)
+        self.metrics.event("checkpoint", step=self.state.step, path=str(path), stage=stage, seconds=seconds)
+
+    # Run --------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train every stage that is left."""
+        state = self.state
+        self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=self.config.parallel.world_size)
+        while state.stage < len(self.config.stages):
+            stage = self.config.stages[state.stage]
+            stream = self._open(stage, state.started)
+            if state.stream and state.stream.get("stage") == stage.name:
+                stream.resume(StreamState(**state.stream))
+            self.metrics.event("stage", name=stage.name, step=state.step, length=stage.length)
+            if state.step == 0:
+                self._save(stream.state(0), stage="initial")
+            while state.stage_tokens < stage.tokens:
+                self._step(stage, stream)
+                self._after_step(stream)
+            self._end_stage(stage, stream)
+        self._status("done")
+
+    def _end_stage(self, stage: StageConfig, stream: Stream) -> None:
+        """Save with the state already at the beginning of the next stage."""
+        state = self.state
+        position, state.started = stream.state(state.sample), stream.blocks_read(state.sample)
+        state.stage, state.stage_step, state.stage_tokens, state.sample = state.stage + 1, 0, 0, 0
+        self._save(position, stage=stage.name)
+
+    def _after_step(self, stream: Stream) -> None:
+        every, state = self.config.checkpoint.every, self.state
+        stop, save = gather_json(self.directory.requests() if self.rank == 0 else (False, False))[0]
+        if stop or save or (every and state.step % every == 0):
+            self._save(stream.state(state.sample))
+        if stop:
+            self._status("preempted")
+            raise Preempted(f"stopped on request after step {state.step}; a checkpoint is saved")
+
+    def _step(self, stage: StageConfig, stream: Stream) -> None:
+        state, begin = self.state, time.perf_counter()
+        tokens = state.stage_tokens
+        sequences = int(step_value(stage.sequences, tokens))
+        counts = stream.counts(state.sample, sequences)
+        plan = StepPlan(
+            counts,
+            ramp_value(stage.learning_rate, tokens),
+            step_value(stage.mtp_weight, tokens),
+            stage.balance_weight,
+            step_value(stage.bias_update, tokens),
+        )
+        order = self.engine.sample_order(state.sample, sequences, stage.micro_batch)
+        batches = {key: stream.read(samples) for key, samples in order.items()}
+        waited = time.perf_counter() - begin
+        micro_batches = sequences // (self.engine.topology.replicas * stage.micro_batch)
+        result = self.engine.step(batches, micro_batches, plan)
+        state.step += 1
+        state.stage_step += 1
+        state.tokens += counts.tokens
+        state.stage_tokens += counts.tokens
+        state.sample += sequences
+        state.skipped += result.optimizer.skipped
+        state.bad_steps = state.bad_steps + 1 if result.optimizer.skipped else 0
+        self._report(plan, counts, result, time.perf_counter() - begin, waited, sequences)
+        if state.stage_step == self.config.logging.timeline_step:
+            self._timeline(micro_batches, result)
+        if state.bad_steps >= MAX_BAD_STEPS:
+            raise NumericError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row had a gradient that is not finite")
+
+    # Watching ---------------------------------------------------------------------------------------------------------
+
+    def _report(
+        self, plan: StepPlan, counts: StepCounts, result: StepResult, seconds: float, waited: float, sequences: int
+    ) -> None:
+        if self.rank != 0:
+            return
+        state, load_LE = self.state, result.load_LE.double().numpy()
+        vio_L = load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-9) - 1
+        values: dict[str, Any] = {
+            "train/loss": result.main,
+            "train/loss_total": result.total,
+            "train/stage": float(state.stage),
+            "train/sequences": float(sequences),
+            "aux/balance": result.balance,
+            "optim/lr": plan.learning_rate,
+            "optim/grad_norm": result.optimizer.grad_norm,
+            "optim/clip": result.optimizer.clip_coefficient,
+            "optim/skipped": float(state.skipped),
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_s": counts.tokens / seconds,
+            "perf/data_wait_s": waited,
+            "moe/max_vio": float(vio_L.mean()),
+            "moe/max_vio_worst_layer": float(vio_L.max()),
+            "moe/dead_experts": float((load_LE == 0).sum()),
+        }
+        for k, value in enumerate(result.mtp):
+            values["train/loss_mtp" if k == 0 else f"train/loss_mtp_{k + 1}"] = value
+        for name, total in zip(self.sources, result.source_sums, strict=True):
+            if counts.sources.get(name):
+                values[f"train/loss/{name}"] = total / counts.sources[name]
+        self.metrics.log(state.step, state.tokens, values)
+        self.metrics.expert_load(state.step, dict(enumerate(load_LE.astype(int).tolist())))
+        self._status("running")
+
+    def _status(self, word: str) -> None:
+        if self.rank == 0:
+            write_status(self.directory.path, word, step=self.state.step, tokens=self.state.tokens)
+
+    def _timeline(self, micro_batches: int, result: StepResult) -> None:
+        """Of the pipeline of replica 0, for the report."""
+        mine = [asdict(m) for m in result.measured] if self.engine.topology.replica == 0 else []
+        rows = [m for part in gather_json(mine) for m in part]
+        if self.rank == 0:
+            name = "timeline.json" if self.state.stage == 0 else f"timeline.{self.state.stage}.json"
+            measured = [Measured(**m) for m in rows]
+            write_timeline(self.directory.path / name, self.engine.table(micro_batches), measured)
+
+    def close(self, exit_code: int) -> None:
+        """Close the metrics; the process group is the caller's."""
+        self.metrics.close(exit_code)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def run_path(config: RunConfig) -> Path:
+    """root/name."""
+    return Path(config.root) / config.name

@@ -1,0 +1,158 @@
+"""The report as one self-contained HTML page: no scripts, no outside files, pictures embedded."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from train.console import short
+from train.record import RunRecord, label_name, language_name
+from train.verdict import Check, Grade, Verdict
+
+MARK = {Grade.GOOD: "✓", Grade.UNKNOWN: "?", Grade.WARN: "!", Grade.BAD: "✗"}
+WORD = {Grade.GOOD: "good", Grade.UNKNOWN: "unknown", Grade.WARN: "warn", Grade.BAD: "bad"}
+
+STYLE = """
+:root { --ink: #1f2933; --faint: #616e7c; --line: #e4e7eb; --good: #1b7837; --warn: #b35900; --bad: #b2182b;
+  --unknown: #7b8794; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px;
+  padding: 24px 20px 60px; }
+h1 { font-size: 20px; margin: 0; } h2 { font-size: 18px; margin: 40px 0 2px; }
+p { margin: 4px 0 10px; max-width: 78ch; } .faint { color: var(--faint); }
+.verdict { color: white; border-radius: 8px; padding: 14px 20px; margin: 14px 0 16px; font-size: 24px;
+  font-weight: 650; } .verdict small { display: block; font-size: 14px; font-weight: 400; opacity: .92; }
+.verdict.good { background: var(--good); } .verdict.warn { background: var(--warn); }
+.verdict.bad { background: var(--bad); }
+.checks { display: grid; grid-template-columns: repeat(auto-fit, minmax(248px, 1fr)); gap: 10px; }
+.check { border: 1px solid var(--line); border-left: 5px solid; border-radius: 6px; padding: 8px 12px 10px; }
+.check.good { border-left-color: var(--good); } .check.warn { border-left-color: var(--warn); }
+.check.bad { border-left-color: var(--bad); } .check.unknown { border-left-color: var(--unknown); }
+.check b { display: flex; justify-content: space-between; font-size: 13px; font-weight: 600; }
+.check.good b span { color: var(--good); } .check.warn b span { color: var(--warn); }
+.check.bad b span { color: var(--bad); } .check.unknown b span { color: var(--unknown); }
+.check strong { display: block; font-size: 20px; line-height: 1.35; }
+.check div { font-size: 12.5px; line-height: 1.4; color: var(--faint); }
+img { width: 100%; height: auto; margin-top: 6px; }
+table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: right; }
+th { font-weight: 600; } th:first-child, td:first-child, th.left, td.left { text-align: left; }
+tr.baseline td { color: var(--faint); } tr.first td { border-top: 2px solid #cbd2d9; }
+@media print { .check, img, table { break-inside: avoid; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A section: heading, one or two sentences on how to read it, the PNG."""
+
+    heading: str
+    text: str
+    name: str
+    png: bytes
+
+
+def page(run: RunRecord, verdict: Verdict, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
+    """The whole page. `missing`: what could not be drawn and why, said at the end."""
+    name = str(run.config.get("name") or run.directory.name)
+    title = f"{name}: {verdict.headline}"
+    sections = [_picture(picture) for picture in pictures]
+    table = evaluation_table(run)
+    if table:
+        place = next((i + 1 for i, picture in enumerate(pictures) if picture.name == "evaluation"), len(sections))
+        sections.insert(place, table)
+    facts = _facts(run)
+    if facts:
+        sections.append("<h2>The run</h2>" + facts)
+    if missing:
+        sections.append(
+            "<h2>Not shown</h2><ul>" + "".join(f"<li>{escape(reason)}</li>" for reason in missing) + "</ul>"
+        )
+    aside = f"<small>{escape(verdict.aside[0].upper() + verdict.aside[1:])}</small>" if verdict.aside else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f'<h1>Run {escape(name)} <span class="faint">{escape(_subtitle(run))}</span></h1>\n'
+        f'<div class="verdict {WORD[verdict.grade]}">{MARK[verdict.grade]} {escape(verdict.headline)}{aside}</div>\n'
+        f'<div class="checks">{"".join(map(_check, verdict.checks))}</div>\n'
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def _check(check: Check) -> str:
+    word = WORD[check.grade]
+    return (
+        f'<div class="check {word}"><b>{escape(check.title)}<span>{MARK[check.grade]} {word}</span></b>'
+        f"<strong>{escape(check.figure)}</strong><div>{escape(check.text)}</div></div>"
+    )
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    return (
+        f'<h2>{escape(picture.heading)}</h2><p class="faint">{escape(picture.text)}</p>'
+        f'<img alt="{escape(picture.heading)}" src="data:image/png;base64,{data}">'
+    )
+
+
+def evaluation_table(run: RunRecord) -> str:
+    """Bits per byte: a row per language and checkpoint, a column per context length, then the baselines."""
+    contexts = sorted({row.context for row in run.rows})
+    if not contexts:
+        return ""
+    out = ["<table><tr><th>bits per byte</th><th class=left>checkpoint</th>"]
+    out += [f"<th>{context:,} tokens</th>" for context in contexts] + ["</tr>"]
+    for language in dict.fromkeys(row.language for row in run.rows):
+        rows, spoken = [row for row in run.rows if row.language == language], escape(language_name(language))
+        for i, label in enumerate(dict.fromkeys(row.label for row in rows)):
+            cells = {row.context: row.bits_per_byte for row in rows if row.label == label}
+            first = ' class="first"' if i == 0 else ""
+            out.append(f'<tr{first}><td>{spoken}</td><td class="left">{escape(label_name(label))}</td>')
+            out += [f"<td>{cells[c]:.3f}</td>" if c in cells else "<td></td>" for c in contexts] + ["</tr>"]
+        for name, value in run.baselines.get(language, {}).items():
+            out.append(
+                f'<tr class="baseline"><td>{spoken}</td><td class="left">{escape(name.replace("_", " "))}</td>'
+                f'<td colspan="{len(contexts)}">{value:.3f}</td></tr>'
+            )
+    return "".join(out) + "</table>"
+
+
+def _subtitle(run: RunRecord) -> str:
+    names = [name for name, _, _ in run.stages if name]
+    return f"{short(run.tokens[-1])} tokens" + (f" · {' → '.join(names)}" if names else "")
+
+
+def _facts(run: RunRecord) -> str:
+    """What was run, from the resolved configuration: the few numbers a reader asks for first."""
+    model, parallel = _mapping(run.config.get("model")), _mapping(run.config.get("parallel"))
+    precision = _mapping(run.config.get("precision"))
+    facts = []
+    if model:
+        facts.append(("model", f"{model.get('name')}: " + ", ".join(
+            f"{model[key]:,} {key.replace('_', ' ').removeprefix('num ')}"
+            for key in ("num_layers", "hidden_size", "num_routed_experts", "experts_per_token", "vocab_size")
+            if isinstance(model.get(key), int)
+        )))  # fmt: skip
+    if parallel:
+        facts.append(
+            ("parallel", ", ".join(f"{k} {v}" for k, v in parallel.items() if isinstance(v, (int, str)) and v))
+        )
+    if precision:
+        facts.append(("precision", ", ".join(f"{key} {value}" for key, value in precision.items())))
+    facts += [(key, str(run.config[key])) for key in ("seed",) if key in run.config]
+    if not facts:
+        return ""
+    return (
+        "<table>"
+        + "".join(f'<tr><td>{escape(k)}</td><td class="left">{escape(str(v))}</td></tr>' for k, v in facts)
+        + "</table>"
+    )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

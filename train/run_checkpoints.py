@@ -1,0 +1,59 @@
+"""The checkpoints of one run: `checkpoints/` rolls, `stages/NAME/` keeps the start and the end of every stage for
+good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.optimizer.config import OptimizerConfig, dtype_of
+from train.checkpoint import Checkpoint, find_latest, save_checkpoint
+from train.engine import Engine
+
+ROLLING, STAGES = "checkpoints", "stages"
+
+
+class RunCheckpoints:
+    """Collective: every rank calls every method together."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.keep = run, keep
+
+    def stage_directory(self, name: str) -> Path:
+        return self.run / STAGES / name
+
+    def save(self, step: int, engine: Engine, state: Mapping[str, Any], stage: str | None = None) -> Path:
+        """Save after `step`; `stage` names a stage's end (or `initial`), which is never removed."""
+        directory = self.stage_directory(stage) if stage else self.run / ROLLING
+        return save_checkpoint(
+            directory,
+            step,
+            engine.optimizer.shards(),
+            engine.optimizer.shapes(),
+            dict(engine.owned_biases()),
+            state,
+            keep=1 if stage else self.keep,
+        )
+
+    def latest(self, stages: list[str]) -> tuple[Checkpoint | None, list[str]]:
+        """The newest good checkpoint and why newer ones of its directory were refused; at one step a stage's end wins
+        over a rolling one."""
+        best: Checkpoint | None = None
+        refused: list[str] = []
+        for directory in (self.run / ROLLING, *(self.stage_directory(name) for name in ("initial", *stages))):
+            found = find_latest(directory)
+            refused += found.refused
+            if found.checkpoint is not None and (best is None or found.checkpoint.step >= best.step):
+                best = found.checkpoint
+        return best, refused
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, optimizer: OptimizerConfig) -> None:
+    """Fill the engine from a checkpoint of any layout. CheckpointError names every tensor that does not fit."""
+    moment = dtype_of(optimizer.moment_dtype)
+    kinds = {"master": dtype_of(optimizer.master_dtype), "exp_avg": moment, "exp_avg_sq": moment}
+    biases = {name: tuple(bias.shape) for name, bias in engine.model.router_biases().items()}
+    checkpoint.require(engine.optimizer.shapes(), biases, kinds)
+    engine.optimizer.load_shards(checkpoint.read)
+    engine.load_biases(checkpoint.extra)
