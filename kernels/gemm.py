@@ -54,7 +54,7 @@ def wgrad(dy: Operand, x: Operand, *, into: Tensor | None = None, name: str = ""
     product is added to it, in its precision, and it is returned.
     """
     check_pair("wgrad", dy, x, (ROW_TILE, ROW_TILE), ndim=(2, 2))
-    dy_NM, x_KM = tokens_last(dy), tokens_last(x)
+    dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
     if dy_NM.shape[1] != x_KM.shape[1]:
         raise ValueError(f"wgrad {name}: operands {tuple(dy.shape)} and {tuple(x.shape)} differ in M, the tokens")
     out = dy_NM @ x_KM.t()
@@ -80,6 +80,11 @@ def transpose_blocks(w: Quantized) -> Quantized:
     return Quantized(w.data.mT, w.scale.mT)
 
 
+def _tokens_last(operand: Operand) -> Tensor:
+    """An operand of the weight gradient as [features, tokens], in the precision of the product."""
+    return widen(operand) if isinstance(operand, Quantized) else widen(operand).t()
+
+
 def _row_scales(q: Quantized) -> Tensor:
     """Scales [rows, ceil(K/128)] of either tile kind."""
     return q.scale if q.has_tile(ROW_TILE) else q.scale.repeat_interleave(TILE, 0)[: q.rows]
@@ -90,11 +95,6 @@ def widen(operand: Operand) -> Tensor:
     if isinstance(operand, Quantized):
         return dequantize(operand)
     return operand.to(torch.promote_types(operand.dtype, torch.float32))
-
-
-def tokens_last(operand: Operand) -> Tensor:
-    """An operand of the weight gradient as [features, tokens], in the precision of the product."""
-    return widen(operand) if isinstance(operand, Quantized) else widen(operand).t()
 
 
 def result_dtype(operand: Operand, asked: torch.dtype | None) -> torch.dtype:

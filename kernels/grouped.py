@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.gemm import check_pair, result_dtype, tokens_last, widen
+from kernels.gemm import check_pair, result_dtype, widen
 from kernels.observe import Operand, report
-from kernels.quantize import BLOCK_TILE, ROW_TILE, Quantized, padded_rows
+from kernels.quantize import BLOCK_TILE, ROW_TILE, Quantized, dequantize_groups
 
 
 def fprop(
@@ -62,9 +62,9 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
             raise ValueError(
                 f"grouped wgrad {name}: called with groups {groups}; the operand is quantised for {operand.counts}"
             )
-    dy_NM, x_KM = tokens_last(dy), tokens_last(x)
+    dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
     out = dy_NM.new_zeros((len(groups), dy_NM.shape[0], x_KM.shape[0]))
-    for expert, rows in _groups(groups, padded=isinstance(x, Quantized)):
+    for expert, rows in _groups(groups):
         torch.mm(dy_NM[:, rows], x_KM[:, rows].t(), out=out[expert])
     report(name, "wgrad", dy, x, out)
     return out if into is None else into.add_(out)
@@ -73,18 +73,23 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
 def _by_expert(rows_MA: Tensor, weight_EAB: Tensor, counts: Sequence[int]) -> Tensor:
     """[M, A] . [E, A, B] -> [M, B], each row with its expert's matrix."""
     out = rows_MA.new_empty((rows_MA.shape[0], weight_EAB.shape[2]))
-    for expert, rows in _groups(counts, padded=False):
+    for expert, rows in _groups(counts):
         torch.mm(rows_MA[rows], weight_EAB[expert], out=out[rows])
     return out
 
 
-def _groups(counts: Sequence[int], padded: bool) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows. Padding is left out of a slice; it moves the next start."""
+def _tokens_last(operand: Operand) -> Tensor:
+    """[features, M] without padding."""
+    return dequantize_groups(operand) if isinstance(operand, Quantized) else widen(operand).t()
+
+
+def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows."""
     start = 0
     for expert, count in enumerate(counts):
         if count:
             yield expert, slice(start, start + count)
-        start += padded_rows(count) if padded else count
+        start += count
 
 
 def _check_counts(kind: str, counts: Sequence[int], experts: int, rows: int) -> None:

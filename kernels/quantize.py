@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.tiles import TILE, multiply_tiles, tile_count, tile_scales
+from kernels.tiles import TILE, multiply_tiles, scales_from_amax, tile_count, tile_scales
 
 E4M3_MAX = 448.0
 WIDTH_MULTIPLE = 16
@@ -124,10 +124,10 @@ def quantize_columns(x_MK: Tensor, power_of_two: bool = False, counts: Sequence[
     to a multiple of 128 rows, data [K, P], scale [K, P/128]; an empty group takes no columns.
     """
     _check_matrix(x_MK, "quantize_columns")
-    groups = None if counts is None else tuple(int(count) for count in counts)
-    source = x_MK.contiguous() if groups is None else _pad_groups(x_MK, groups)
-    data, scale = _quantize(source, TILE, 1, power_of_two)
-    return Quantized(data.view(torch.uint8).t().view(torch.float8_e4m3fn), scale.t(), groups)
+    if counts is not None:
+        return _quantize_groups(x_MK.contiguous(), tuple(int(count) for count in counts), power_of_two)
+    data, scale = _quantize(x_MK.contiguous(), TILE, 1, power_of_two)
+    return Quantized(data.t(), scale.t())
 
 
 def requantize_columns(q_MK: Quantized, power_of_two: bool = False, counts: Sequence[int] | None = None) -> Quantized:
@@ -164,6 +164,14 @@ def dequantize_reference(q: Quantized, dtype: torch.dtype = torch.float32) -> Te
     return (q.data.to(compute) * scale).to(dtype)
 
 
+def dequantize_groups(q: Quantized) -> Tensor:
+    """Column-quantised groups [K, P] -> FP32 [K, M], the padding left out; the numbers are those of `dequantize`."""
+    if q.counts is None:
+        raise ValueError(f"dequantize_groups: data {tuple(q.shape)} was quantised without counts")
+    values = _decode(q.data.view(torch.uint8).t().index_select(0, _padded_position(q.counts, q.device)))
+    return values.mul_(_spread((q.scale * 256.0).t(), q.counts)).t()
+
+
 def padded_rows(count: int) -> int:
     """Rows that a group of `count` rows takes in a column-quantised matrix."""
     return tile_count(count, TILE) * TILE
@@ -189,18 +197,39 @@ def _decode(data: Tensor) -> Tensor:
     return pattern.view(torch.float16).to(torch.float32)
 
 
-def _pad_groups(x_MK: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """FP32 [P, K]: each group's rows followed by zeros up to a multiple of 128."""
+def _quantize_groups(x_MK: Tensor, counts: tuple[int, ...], power_of_two: bool) -> Quantized:
+    """`quantize_columns` with groups: only real rows are computed with, the padding is bytes."""
     if sum(counts) != x_MK.shape[0] or min(counts, default=0) < 0:
-        raise ValueError(f"group counts {list(counts)} sum to {sum(counts)}; the matrix has {x_MK.shape[0]} rows")
-    padded = x_MK.new_empty((sum(map(padded_rows, counts)), x_MK.shape[1]), dtype=torch.float32)
-    first = start = 0
+        raise ValueError(f"quantize_columns: counts {counts} sum to {sum(counts)}; the matrix has {x_MK.shape[0]} rows")
+    values = x_MK.to(torch.float32)
+    padded = sum(map(padded_rows, counts))
+    amax = values.new_empty((padded // TILE, x_MK.shape[1]))
+    for tile, rows in enumerate(values.abs().split(_tile_rows(counts))):
+        torch.amax(rows, 0, out=amax[tile])
+    scale = scales_from_amax(amax, E4M3_MAX, power_of_two)
+    codes = (values * _spread(scale.reciprocal(), counts)).to(torch.float8_e4m3fn).view(torch.uint8)
+    data = codes.new_zeros((padded, x_MK.shape[1])).index_copy_(0, _padded_position(counts, codes.device), codes)
+    return Quantized(data.view(torch.float8_e4m3fn).t(), scale.t(), counts)
+
+
+def _tile_rows(counts: tuple[int, ...]) -> list[int]:
+    """Real rows of each tile: no tile holds rows of two groups."""
+    return [min(TILE, count - first) for count in counts for first in range(0, count, TILE)]
+
+
+def _spread(per_tile: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """[tiles, K] -> [M, K]: each real row gets its tile's values."""
+    return per_tile.repeat_interleave(torch.tensor(_tile_rows(counts), device=per_tile.device, dtype=torch.int64), 0)
+
+
+def _padded_position(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [M]: where each real row lies among the padded rows."""
+    shift, total = [], 0
     for count in counts:
-        end = start + padded_rows(count)
-        padded[start : start + count] = x_MK[first : first + count]
-        padded[start + count : end] = 0.0
-        first, start = first + count, end
-    return padded
+        shift.append(total)
+        total += padded_rows(count) - count
+    groups = torch.tensor((shift, counts), dtype=torch.int64, device=device)
+    return groups[0].repeat_interleave(groups[1]) + torch.arange(sum(counts), device=device)
 
 
 def _check_matrix(x_MK: Tensor, name: str) -> None:

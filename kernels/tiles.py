@@ -44,9 +44,10 @@ def tiled(matrix: Tensor, scale: Tensor, row_tile: int, column_tile: int) -> Ite
 
 
 def ceil_power_of_two(scale: Tensor) -> Tensor:
-    """Smallest power of two >= scale (FP32, positive, normal); NaN and infinity stay what they are."""
-    up = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
-    return torch.where(scale.isfinite(), up.view(torch.float32), scale)
+    """Smallest power of two >= scale (FP32, positive, normal); NaN and infinity give NaN."""
+    up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    # Zero, or NaN where the scale is not finite: integer arithmetic alone would make a NaN an ordinary number.
+    return up.add_(scale * 0.0)
 
 
 def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float, power_of_two: bool) -> Tensor:
@@ -58,7 +59,12 @@ def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float,
     scale = matrix.new_empty((*lead, tile_count(rows, row_tile), tile_count(columns, column_tile)))
     for tiles, tile_scale in tiled(matrix.abs(), scale, row_tile, column_tile):
         tile_scale.copy_(tiles.amax((-3, -1)))
-    scale.clamp_(min=AMAX_FLOOR).div_(largest)
+    return scales_from_amax(scale, largest, power_of_two)
+
+
+def scales_from_amax(amax: Tensor, largest: float, power_of_two: bool) -> Tensor:
+    """max(amax, 1e-4) / largest, rounded up to a power of two when asked; overwrites `amax`."""
+    scale = amax.clamp_(min=AMAX_FLOOR).div_(largest)
     return ceil_power_of_two(scale) if power_of_two else scale
 
 
