@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from parallel.optimizer.contract import RowRange
 from train.agree import gather_json
+from train.checkpoint_directory import clean, list_steps, prune_checkpoints
 from train.checkpoint_format import (
     DTYPE_CODES,
     DTYPES,
     MANIFEST,
     STATE,
-    STEP_NAME,
     CheckpointError,
     CheckpointWriteError,
     ExtraEntry,
@@ -44,6 +43,7 @@ from train.checkpoint_format import (
     safetensors_pieces,
     slice_key,
     step_name,
+    step_of,
     sync_directory,
     write_file,
 )
@@ -96,14 +96,16 @@ def save_checkpoint(
     except CheckpointWriteError as error:
         if rank == 0:
             try:
-                shutil.rmtree(partial)
+                clean(directory)
             except OSError as left:
-                raise CheckpointWriteError(f"{error}; {partial} could not be removed either: {left}") from error
+                raise CheckpointWriteError(f"{error}; what it left in {directory} stays there: {left}") from error
         raise
 
     def prune() -> None:
-        if rank == 0 and keep > 0:
-            prune_checkpoints(directory, keep)
+        if rank == 0:
+            clean(directory)
+            if keep > 0:
+                prune_checkpoints(directory, keep)
 
     _together(group, f"checkpoint {final} is published, but older ones were not removed", prune)
     return final
@@ -165,8 +167,11 @@ def _publish(partial: Path, final: Path, step: int, parts: list[dict[str, Any]],
     if final.exists():  # the same step again, after a restart from an older checkpoint
         os.rename(final, final.parent / f".{final.name}.replaced")
     os.rename(partial, final)
-    sync_directory(final.parent)
-    clean(final.parent)
+    try:
+        sync_directory(final.parent)
+    except OSError:
+        os.rename(final, partial)  # not known to be on disk: withdrawn, and cleaned up as any failed save
+        raise
 
 
 def _merge_tensors(parts: list[dict[str, Any]]) -> dict[str, TensorEntry]:
@@ -203,35 +208,7 @@ def _merge_extra(parts: list[dict[str, Any]]) -> dict[str, ExtraEntry]:
     return merged
 
 
-def clean(directory: Path) -> None:
-    """Remove what a killed save left behind. Only the job that owns the run directory may call this."""
-    for path in sorted(directory.glob(".step-*.*")):
-        final = directory / path.name[1:].rsplit(".", 1)[0]
-        if path.suffix == ".replaced" and not final.exists():
-            os.rename(path, final)  # killed between the two renames: the old one is still the truth
-        elif path.suffix in (".partial", ".replaced", ".deleted"):
-            shutil.rmtree(path)
-
-
-def prune_checkpoints(directory: Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest steps; a half-deleted one never looks like a checkpoint."""
-    old = list_steps(directory)[keep:]
-    for path in old:
-        hidden = directory / f".{path.name}.deleted"
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
-    return old
-
-
 # ---- loading
-
-
-def list_steps(directory: Path) -> list[Path]:
-    """Published checkpoints, newest step first, good or damaged."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 class Checkpoint:
@@ -360,26 +337,29 @@ class Latest:
     refused: list[str]
 
 
-def find_latest(directory: Path, strict: bool = False, group: dist.ProcessGroup | None = None) -> Latest:
-    """The newest checkpoint whose every byte verifies; collective, the ranks share the reading.
-
-    CheckpointError: there are checkpoints but none is good, or `strict` and the newest is not.
+def find_latest(
+    directories: Path | Sequence[Path], strict: bool = False, group: dist.ProcessGroup | None = None
+) -> Latest:
+    """The newest checkpoint whose every byte verifies; at one step a later directory wins. Collective, the ranks share
+    the reading. CheckpointError: there are checkpoints but none is good, or `strict` and the newest is not.
     """
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     world = dist.get_world_size(group) if dist.is_initialized() else 1
-    names = gather_json([path.name for path in list_steps(directory)] if rank == 0 else [], group)[0]
+    places = [directories] if isinstance(directories, Path) else list(directories)
+    found = [(path.name, place, str(path)) for place, folder in enumerate(places) for path in list_steps(folder)]
+    newest = sorted(found, key=lambda entry: (step_of(entry[0]), entry[1]), reverse=True)
     refused: list[str] = []
-    for name in names:
+    for _, _, path in gather_json(newest, group)[0]:
         checkpoint, problems = None, []
         try:
-            checkpoint = Checkpoint(directory / name)
+            checkpoint = Checkpoint(Path(path))
             problems = checkpoint.damage(sorted(checkpoint.manifest.files)[rank::world])
         except CheckpointError as error:
             problems = [str(error)]
-        problems = sorted({line for found in gather_json(problems, group) for line in found})
+        problems = sorted({line for lines in gather_json(problems, group) for line in lines})
         if checkpoint is not None and not problems:
             return Latest(checkpoint, refused)
-        refused.append(f"{name} is damaged: " + "; ".join(problems))
+        refused.append(f"{path} is damaged: " + "; ".join(problems))
         if strict:
             break
     if refused:

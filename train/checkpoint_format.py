@@ -1,8 +1,8 @@
 """What a checkpoint looks like on disk, and the checks that a directory must pass to be one.
 
     step-00000100/
-        rank-00003.safetensors   row ranges, key `name|first|last|kind`, (rows, columns); small tensors, key
-        `name|extra` state.json               plain data of the run
+        rank-00003.safetensors   row ranges (rows, columns) under `name|first|last|kind`; small tensors, `name|extra`
+        state.json               plain data of the run
         manifest.json            written last: schema, size and sha256 of every file, slices of every tensor, own digest
 
 The slices of a tensor tile its rows, whoever wrote them, so any layout can read any row range. Nothing is pickled.
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_file(path: Path, pieces: Any) -> FileEntry:
+def step_of(name: str) -> int:
+    """The inverse of `step_name`."""
+    return int(name.removeprefix("step-"))
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     """Write byte pieces, fsync, and return size and hash of what was meant to be written."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
@@ -130,7 +135,7 @@ def write_file(path: Path, pieces: Any) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def safetensors_pieces(tensors: Mapping[str, torch.Tensor]) -> Any:
+def safetensors_pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: no second copy of the state in memory."""
     header: dict[str, Any] = {}
     offset = 0
@@ -148,7 +153,7 @@ def safetensors_pieces(tensors: Mapping[str, torch.Tensor]) -> Any:
     yield text
     for tensor in tensors.values():
         flat = tensor.detach().reshape(-1).cpu().contiguous()
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def sync_directory(path: Path) -> None:

@@ -1,7 +1,7 @@
 """A toy set of canonical tensors over four ranks, and one-process AdamW as its oracle.
 
-Ranks 0 and 3 hold the experts 0 and 1, ranks 1 and 2 the experts 2 and 3; 2 and 3 run their stages in the opposite order
-of 0 and 1, as mirrors do, and see other numbers of chunks per direction.
+Ranks 0 and 3 hold the experts 0 and 1, ranks 1 and 2 the experts 2 and 3; 2 and 3 run their stages in the opposite
+order of 0 and 1, as mirrors do, and see other numbers of chunks per direction.
 """
 
 from __future__ import annotations
