@@ -62,8 +62,12 @@ def loss_figure(run: RunRecord) -> Figure | None:
         tokens, values = thin(*run.logged(name))
         last.plot(tokens, values, color=INK, linewidth=1.3)
         last.set_ylabel({"optim/lr": "learning\nrate", "optim/grad_norm": "gradient\nnorm"}[name], fontsize=9)
-        if name == "optim/grad_norm" and (values[np.isfinite(values)] > 0).all():
+        finite = values[np.isfinite(values)]
+        if name == "optim/grad_norm" and finite.min() > 0:
             last.set_yscale("log")
+            ticks = np.geomspace(finite.min(), finite.max(), 3)
+            last.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            last.yaxis.set_minor_locator(NullLocator())
         elif name == "optim/lr":
             last.set_ylim(bottom=0)
     _token_axis(last, run)
@@ -82,8 +86,8 @@ def evaluation_figure(run: RunRecord) -> Figure | None:
         axes = figure.add_subplot(1, len(languages), i + 1)
         _evaluation_panel(axes, run, language, _color(language, i))
         if i == 0:
-            axes.set_ylabel("bits per byte of held-out text (lower is better)")
-    figure.subplots_adjust(wspace=0.42, right=0.875)
+            axes.set_ylabel("bits per byte (lower is better)")
+    figure.subplots_adjust(wspace=0.48, left=0.06, right=0.87)
     return figure
 
 
@@ -141,11 +145,12 @@ def expert_figure(run: RunRecord) -> Figure | None:
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
     has_vio = run.has("moe/max_vio")
-    figure = _figure(0.9 + 1.9 * rows + (1.7 if has_vio else 0))
-    grid = figure.add_gridspec(rows + has_vio, columns, height_ratios=[1.9] * rows + [1.3] * has_vio, hspace=0.55)
+    figure = _figure(0.9 + 1.9 * rows + (1.9 if has_vio else 0))
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 1.6]) if has_vio else (figure, None)
+    grid = upper.add_gridspec(rows, columns, left=0.06, right=0.87, hspace=0.5, wspace=0.16)
     norm = TwoSlopeNorm(1.0, 0.0, 2.0)
     for i, layer in enumerate(layers):
-        axes = figure.add_subplot(grid[i // columns, i % columns])
+        axes = upper.add_subplot(grid[i // columns, i % columns])
         steps, load = run.load[layer]
         share = _bins(load / np.maximum(load.mean(axis=1, keepdims=True), 1e-12), HEATMAP_COLUMNS)
         extent = (float(steps[0]) - 0.5, float(steps[-1]) + 0.5, load.shape[1] - 0.5, -0.5)
@@ -155,11 +160,11 @@ def expert_figure(run: RunRecord) -> Figure | None:
         axes.tick_params(labelsize=8)
         if i // columns == rows - 1:
             axes.set_xlabel("step", fontsize=9)
-    bar = figure.colorbar(image, ax=figure.axes, fraction=0.025, pad=0.02, ticks=[0, 0.5, 1, 1.5, 2])
+    bar = upper.colorbar(image, cax=upper.add_axes((0.885, 0.15, 0.013, 0.7)), ticks=[0, 0.5, 1, 1.5, 2])
     bar.ax.set_yticklabels(["0 (dead)", "½", "1 (even)", "1½", "2 or more"], fontsize=8.5)
     bar.set_label("load / mean", fontsize=9)
-    if has_vio:
-        axes = figure.add_subplot(grid[rows, :])
+    if lower is not None:
+        axes = lower.add_axes((0.06, 0.3, 0.81, 0.5))
         _stage_bands(axes, run, named=True)
         tokens, vio = thin(*run.logged("moe/max_vio"))
         axes.plot(tokens, vio, color=INK, linewidth=0.6, alpha=0.25)
@@ -167,8 +172,6 @@ def expert_figure(run: RunRecord) -> Figure | None:
         axes.set_ylabel("max_vio", fontsize=9)
         axes.set_ylim(bottom=0)
         _token_axis(axes, run)
-        box, above = axes.get_position(), figure.axes[0].get_position()
-        axes.set_position((box.x0, box.y0, figure.axes[columns - 1].get_position().x1 - above.x0, box.height))
     return figure
 
 
@@ -226,14 +229,19 @@ def _mark(axes: Axes, run: RunRecord) -> None:
 
 
 def _stage_bands(axes: Axes, run: RunRecord, named: bool = False) -> None:
+    whole, ends = max(float(run.tokens[-1]), 1.0), [-np.inf, -np.inf]  # where the last label of each row ends
     for i, (name, first, last) in enumerate(run.stages):
         if i % 2:
             axes.axvspan(first, last, color=BAND, zorder=0)
         if i:
             axes.axvline(first, color="#cbd2d9", linewidth=0.8, zorder=0)
         if named and name:
-            axes.text((first + last) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
-                      fontsize=9, color=FAINT)  # fmt: skip
+            middle, half = (first + last) / 2, 0.0045 * len(name) * whole
+            middle = min(middle, whole - half)
+            row = 0 if middle - half > ends[0] else 1
+            ends[row] = middle + half
+            axes.annotate(name, (middle, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 2 + 11 * row),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=9, color=FAINT)  # fmt: skip
     _plain(axes)
 
 

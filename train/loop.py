@@ -94,11 +94,10 @@ class Trainer:
     # State ------------------------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        latest, refused = None, list[str]()
+        latest = None
         if self.config.resume == "auto":
             latest, refused = self.checkpoints.latest([stage.name for stage in self.config.stages])
-        if self.rank == 0:
-            for line in refused:
+            for line in refused if self.rank == 0 else []:
                 print(f"bireme: warning: {line}", file=sys.stderr, flush=True)
         if latest is None:
             self.engine.initialize(self.config.seed)

@@ -8,9 +8,12 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """step, tokens: of the whole run. stage: index; stage_step, stage_tokens, sample: within it. started: each
-    stage's first blocks of each source. bad_steps: skipped steps in a row. skipped: in all. updates: optimizer
-    updates done. tracker_id: the wandb run. stream: the stream's own position. There is no random number generator to carry: nothing random is drawn while training."""
+    """step, tokens: of the whole run. stage: index; stage_step, stage_tokens, sample: within it.
+
+    started: each stage's first blocks of each source. bad_steps: skipped steps in a row; skipped: in all. updates:
+    optimizer updates done. tracker_id: the wandb run. stream: the stream's own position. There is no random number
+    generator to carry: nothing random is drawn while training.
+    """
 
     step: int = 0
     tokens: int = 0
