@@ -146,7 +146,8 @@ def expert_figure(run: RunRecord) -> Figure | None:
     rows = -(-len(layers) // columns)
     has_vio = run.has("moe/max_vio")
     figure = _figure(0.9 + 1.9 * rows + (1.9 if has_vio else 0))
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 1.6]) if has_vio else (figure, None)
+    heights = [1.9 * rows, 1.6] if has_vio else [1.0]
+    upper, *lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     grid = upper.add_gridspec(rows, columns, left=0.06, right=0.87, hspace=0.5, wspace=0.16)
     norm = TwoSlopeNorm(1.0, 0.0, 2.0)
     for i, layer in enumerate(layers):
@@ -163,8 +164,8 @@ def expert_figure(run: RunRecord) -> Figure | None:
     bar = upper.colorbar(image, cax=upper.add_axes((0.885, 0.15, 0.013, 0.7)), ticks=[0, 0.5, 1, 1.5, 2])
     bar.ax.set_yticklabels(["0 (dead)", "½", "1 (even)", "1½", "2 or more"], fontsize=8.5)
     bar.set_label("load / mean", fontsize=9)
-    if lower is not None:
-        axes = lower.add_axes((0.06, 0.3, 0.81, 0.5))
+    if lower:
+        axes = lower[0].add_axes((0.06, 0.3, 0.81, 0.5))
         _stage_bands(axes, run, named=True)
         tokens, vio = thin(*run.logged("moe/max_vio"))
         axes.plot(tokens, vio, color=INK, linewidth=0.6, alpha=0.25)

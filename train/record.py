@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from parallel.schedule.actions import Op
+from parallel.schedule.drawing import Bar
 from train.history import EVENTS, LOAD, METRICS, read_lines
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -61,7 +63,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[EvaluationRow] = field(default_factory=list)
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
-    timeline: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    timeline: dict[str, list[Bar]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -115,7 +117,7 @@ def read_run(directory: Path) -> RunRecord:
     if not lines:
         raise RecordError(f"{directory / METRICS}: no metrics; a run directory holds at least one line of them", 65)
     record = _read_series(directory, lines)
-    record.load = _read_load(_lines(directory / LOAD))
+    record.load = _read_load(directory / LOAD)
     record.events = _lines(directory / EVENTS)
     record.status = _json(directory / "status.json")
     record.config = _yaml(directory / "config.yaml")
@@ -134,7 +136,7 @@ def read_run(directory: Path) -> RunRecord:
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{directory / 'evaluation.json'}: a row lacks or garbles {error}", 65) from None
     record.baselines = evaluation.get("baselines", {})
-    record.timeline = _json(directory / "timeline.json")
+    record.timeline = _read_timeline(directory / "timeline.json")
     record.data = _json(directory / "data.json")
     return record
 
@@ -162,14 +164,30 @@ def _read_series(directory: Path, lines: list[dict[str, Any]]) -> RunRecord:
     )
 
 
-def _read_load(lines: list[dict[str, Any]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _read_load(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     layers: dict[int, dict[int, list[float]]] = {}
-    for line in lines:
-        layers.setdefault(int(line["layer"]), {})[int(line["step"])] = line["load"]
-    return {
-        layer: (np.array(sorted(by_step)), np.array([by_step[step] for step in sorted(by_step)], float))
-        for layer, by_step in sorted(layers.items())
-    }
+    try:
+        for line in _lines(path):
+            layers.setdefault(int(line["layer"]), {})[int(line["step"])] = line["load"]
+        return {
+            layer: (np.array(sorted(by_step)), np.array([by_step[step] for step in sorted(by_step)], float))
+            for layer, by_step in sorted(layers.items())
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path}: a line lacks or garbles {error}", 65) from None
+
+
+def _read_timeline(path: Path) -> dict[str, list[Bar]]:
+    try:
+        return {
+            key: [
+                Bar(bar["rank"], Op(bar["op"]), bar["direction"], bar["chunk"], float(bar["start"]), float(bar["end"]))
+                for bar in bars
+            ]
+            for key, bars in _json(path).items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path}: a bar lacks or garbles {error}", 65) from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from parallel.schedule.actions import Op
-from parallel.schedule.drawing import Bar, Panel, draw_timelines
+from parallel.schedule.drawing import Panel, draw_timelines
 from train.figures import evaluation_figure, expert_figure, loss_figure, throughput_figure
 from train.metrics import write_text_atomically
 from train.page import MARK, Picture, page
@@ -100,10 +100,7 @@ def timeline_panels(run: RunRecord) -> list[Panel]:
         ("scheduled", "As scheduled", "units", 1.0),
         ("measured", "As measured", "ms", 1e3),
     ):
-        bars = [
-            Bar(bar["rank"], Op(bar["op"]), bar["direction"], bar["chunk"], bar["start"] * scale, bar["end"] * scale)
-            for bar in run.timeline.get(key) or []
-        ]
+        bars = [replace(bar, start=bar.start * scale, end=bar.end * scale) for bar in run.timeline.get(key, [])]
         if bars:
             panels.append(Panel(title, bars, unit))
     return panels
