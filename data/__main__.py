@@ -34,12 +34,11 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0 if arguments else UsageError.exit_code
     command, *rest = arguments
-    errors = Console(stderr=True)
     started = time.monotonic()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command '{command}'{nearest(command, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
-        result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest, errors)
+        result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest)
     except DataError as error:
         print(f"data: {error}".replace("\n", " "), file=sys.stderr)
         return error.exit_code
@@ -48,17 +47,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fetch(arguments: list[str], errors: Console) -> dict[str, Any]:
+def _fetch(arguments: list[str]) -> dict[str, Any]:
     config = compose_dataclass(FetchConfig, None, arguments)
     return {"out": config.out, "sources": fetch(config, lambda line: print(line, flush=True))}
 
 
-def _build(arguments: list[str], errors: Console) -> dict[str, Any]:
+def _build(arguments: list[str]) -> dict[str, Any]:
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("config=")]
     keys = [argument for argument in arguments if not argument.startswith("config=")]
     config = compose_dataclass(DataConfig, names[-1] if names else "demo", keys)
-    report = build(config, errors)
     console = Console()
+    report = build(config, console)
     console.print(ledger_table(report["steps"]))
     table = Table(title="ready to train")
     for column in (
@@ -90,7 +89,7 @@ def _build(arguments: list[str], errors: Console) -> dict[str, Any]:
     return {"out": config.out, **{key: value for key, value in report.items() if key != "files"}}
 
 
-def _baselines(arguments: list[str], errors: Console) -> dict[str, Any]:
+def _baselines(arguments: list[str]) -> dict[str, Any]:
     config = compose_dataclass(BaselinesConfig, None, arguments)
     figures = baselines(Path(config.data))
     table = Table(title="bits per byte of held-out text")

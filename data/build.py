@@ -106,13 +106,21 @@ def _finished(out: Path, build_digest: str) -> dict[str, Any] | None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
+    if not console.is_terminal:
+
+        def line(name: str, total: int) -> Advance:
+            console.print(f"{name} ({total})")
+            return lambda count: None
+
+        yield line
+        return
     with Progress(console=console, transient=True) as bars:
 
-        def step(name: str, total: int) -> Advance:
+        def bar(name: str, total: int) -> Advance:
             task = bars.add_task(name, total=total)
             return lambda count: bars.advance(task, count)
 
-        yield step
+        yield bar
 
 
 class _Build:

@@ -19,6 +19,7 @@ def normalise(text: str) -> str:
     Compatibility forms (full-width letters, ligatures) are left alone: they are content. Zero-width joiners stay,
     since emoji are built with them.
     """
-    text = unicodedata.normalize("NFC", text)
     text = _CONTROL.sub("", _LINE_END.sub("\n", text))
+    # Composed last: a control character may have stood between a letter and its accent.
+    text = unicodedata.normalize("NFC", text)
     return _GAPS.sub("\n\n", _TRAILING.sub("", text)).strip("\n")

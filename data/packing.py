@@ -43,8 +43,8 @@ class PackedBlock:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item indices, no bin above `capacity`: longest first, each into the fullest bin it fits (of equals the
-    one opened or filled first).
+    """Bins of item indices, no bin above `capacity`: longest first, each into the fullest bin it fits (of equals, the
+    one filled last).
 
     O(n log n). Every length must lie in 1..capacity.
     """

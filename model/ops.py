@@ -150,7 +150,7 @@ class Ops:
     def high_linear(
         self, x: torch.Tensor, weight: nn.Parameter, again: Callable[[], torch.Tensor], name: str, dtype: torch.dtype
     ) -> torch.Tensor:
-        """A linear that stays in BF16 or above (router, MTP projection); result in `dtype`."""
+        """A linear outside the FP8 set (router, MTP projection), all three products and the result in `dtype`."""
         return _HighLinear.apply(x, weight, again, self, name, dtype)
 
     def grouped_linear(
@@ -223,14 +223,14 @@ class _HighLinear(Function):
         ctx: Any, x: torch.Tensor, weight: nn.Parameter, again: Any, ops: Ops, name: str, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.kept = weight, again, ops, name, x.dtype
-        return gemm.fprop(x.detach(), weight.detach(), dtype, name=name)
+        return gemm.fprop(x.detach().to(dtype), weight.detach().to(dtype), name=name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         weight, again, ops, name, dtype = ctx.kept
         dy = grads[0].detach().contiguous()
-        ops.store.put(weight, lambda: gemm.wgrad(dy, again(), name=name))
-        return gemm.dgrad(dy, weight.detach(), dtype, name=name), None, None, None, None, None
+        ops.store.put(weight, lambda: gemm.wgrad(dy, again().to(dy.dtype), name=name))
+        return gemm.dgrad(dy, weight.detach().to(dy.dtype), dtype, name=name), None, None, None, None, None
 
 
 class _GroupedLinear(Function):

@@ -81,6 +81,10 @@ def save_checkpoint(
             clean(directory)
             partial.mkdir()
 
+    def sweep() -> None:
+        if rank == 0:
+            clean(directory)
+
     def write() -> dict[str, Any]:
         return _write_rank(partial, rank, step, shards, shapes, extra)
 
@@ -94,11 +98,7 @@ def save_checkpoint(
 
         _together(group, f"checkpoint {final}", publish)
     except CheckpointWriteError as error:
-        if rank == 0:
-            try:
-                clean(directory)
-            except OSError as left:
-                raise CheckpointWriteError(f"{error}; what it left in {directory} stays there: {left}") from error
+        _together(group, f"{error}; and what it left could not be removed", sweep)
         raise
 
     def prune() -> None:

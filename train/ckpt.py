@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from train.checkpoint import Checkpoint
 from train.checkpoint_directory import list_steps
@@ -69,10 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     rows = [examine(path, whole) for path in track(paths, "reading", console=console, disable=not whole)]
     table = Table("checkpoint", "tensors", "files", "MiB", "state")
     for row in rows:
-        good = "verified" if whole else "published"
         size = f"{row['bytes'] / 2**20:.1f}" if "bytes" in row else "-"
-        state = "[red]damaged: " + "; ".join(row["damage"]) + "[/red]" if row["damage"] else good
-        name = str(Path(row["path"]).relative_to(options.directory))
+        state = Text("verified" if whole else "published")
+        if row["damage"]:
+            state = Text("damaged: " + "; ".join(row["damage"]), style="red")
+        name = Text(str(Path(row["path"]).relative_to(options.directory)))
         table.add_row(name, str(row.get("tensors", "-")), str(row.get("files", "-")), size, state)
     console.print(table)
     damaged = [row["path"] for row in rows if row["damage"]]
