@@ -1,0 +1,269 @@
+"""The stream against brute force over a made-up corpus: order, labels, counts, epochs, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.blocks import BlockStore
+from data.contract import IGNORE, Manifest, MicroBatch, StreamState
+from data.errors import DataError, UsageError
+from data.manifest import MANIFEST_FILE, load_manifest, manifest_json, with_digest
+from data.plan import build_plan, load_plan, plan_file, plan_json
+from data.stream import Stream, open_stream
+from tests.data.synthetic import VOCABULARY, token_corpus
+
+LENGTH = 32
+DEPTH = 2
+WEIGHTS = {"one": "2", "two": "1/2", "three": "1"}
+DOCUMENTS = {"one": 70, "two": 41, "three": 25}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    token_corpus(directory, DOCUMENTS)
+    return directory
+
+
+def stream(corpus: Path, **changes: object) -> Stream:
+    settings = {"length": LENGTH, "mtp_depth": DEPTH, "seed": 5, "stage": "pretrain", "weights": WEIGHTS, **changes}
+    return open_stream(corpus, settings.pop("length"), **settings)  # type: ignore[arg-type]
+
+
+def stored_documents(corpus: Path, name: str) -> list[list[int]]:
+    """Documents of a source in the order of its blocks, read with nothing of the stream's."""
+    manifest = json.loads((corpus / MANIFEST_FILE).read_text())
+    documents = []
+    for block in next(source for source in manifest["sources"] if source["name"] == name)["blocks"]:
+        tokens = np.fromfile(corpus / block["file"], dtype="<u4").tolist()
+        offsets = np.load(corpus / block["index_file"]).tolist()
+        documents += [tokens[a:b] for a, b in pairwise(offsets)]
+    return documents
+
+
+def pieces(batch: MicroBatch, row: int) -> list[tuple[int, list[int]]]:
+    """(document, tokens) of each piece of a sequence, split where the document number changes."""
+    found: list[tuple[int, list[int]]] = []
+    for document, token in zip(batch.documents[row].tolist(), batch.tokens[row].tolist()):
+        if document < 0:
+            continue
+        if not found or found[-1][0] != document:
+            found.append((document, []))
+        found[-1][1].append(token)
+    return found
+
+
+def test_every_token_of_an_epoch_exactly_once(corpus: Path) -> None:
+    opened = stream(corpus)
+    plan = build_plan(BlockStore(corpus, load_manifest(corpus)), LENGTH)
+    sizes = {name: sum(plan.sequences[name]) for name in DOCUMENTS}
+    samples = 2 * max(opened.mixture.period * size for size in sizes.values())
+    source_N, count_N = opened.mixture.locate(np.arange(samples))
+    for source, name in enumerate(opened.source_names):
+        expected = stored_documents(corpus, name)
+        orders = []
+        for epoch in range(2):
+            own = (source_N == source) & (count_N // sizes[name] == epoch)
+            wanted = np.flatnonzero(own).tolist()
+            assert len(wanted) == sizes[name]
+            parts: dict[int, list[list[int]]] = {}
+            order = []
+            batch = opened.read(wanted)
+            assert (batch.source == source).all()
+            for row in range(len(wanted)):
+                for document, tokens in pieces(batch, row):
+                    parts.setdefault(document, []).append(tokens)
+                    order.append(document)
+            assert sorted(parts) == list(range(DOCUMENTS[name]))
+            for document, tokens in enumerate(expected):
+                cut = [tokens[i : i + LENGTH] for i in range(0, len(tokens), LENGTH)]
+                assert sorted(parts[document]) == sorted(cut)
+            orders.append(order)
+        assert orders[0] != orders[1]
+
+
+def test_labels_against_brute_force(corpus: Path) -> None:
+    opened = stream(corpus)
+    batch = opened.read(list(range(100)))
+    padding = 0
+    for row in range(100):
+        tokens, document = batch.tokens[row].tolist(), batch.documents[row].tolist()
+        for i in range(LENGTH):
+            padding += document[i] < 0
+            assert bool(batch.real[row, i]) == (document[i] >= 0)
+            assert tokens[i] == 2 or document[i] >= 0
+            for depth in range(DEPTH + 1):
+                target = i + depth + 1
+                inside = target < LENGTH and document[i] >= 0 and document[target] == document[i]
+                labels = batch.labels if depth == 0 else batch.mtp_labels[depth - 1]
+                assert labels[row, i] == (tokens[target] if inside else IGNORE)
+                if depth:
+                    assert batch.mtp_tokens[depth - 1, row, i] == (tokens[i + depth] if i + depth < LENGTH else 2)
+    assert padding > 0
+    assert (batch.positions == np.arange(LENGTH)).all()
+    assert {array.dtype for array in (batch.tokens, batch.labels, batch.mtp_labels, batch.documents)} == {
+        np.dtype("int64")
+    }
+
+
+def test_counts_are_those_of_the_batch(corpus: Path) -> None:
+    opened = stream(corpus)
+    for first, samples in ((0, 64), (17, 1), (300, 41), (1000, 7)):
+        counts = stream(corpus).counts(first, samples)
+        batch = opened.read(list(range(first, first + samples)))
+        assert counts.main == (batch.labels != IGNORE).sum()
+        assert counts.mtp == tuple((batch.mtp_labels != IGNORE).sum(axis=(1, 2)).tolist())
+        assert (counts.sequences, counts.tokens) == (samples, batch.real.sum())
+        per_row = (batch.labels != IGNORE).sum(axis=1)
+        assert counts.sources == {
+            name: per_row[batch.source == source].sum() for source, name in enumerate(opened.source_names)
+        }
+
+
+def test_same_samples_whatever_the_reading_order(corpus: Path) -> None:
+    def equal(left: MicroBatch, right: MicroBatch) -> bool:
+        return all(np.array_equal(getattr(left, field), getattr(right, field)) for field in asdict(left))
+
+    whole = stream(corpus).read(list(range(200)))
+    shuffled = list(range(200))
+    random.Random(1).shuffle(shuffled)
+    other = stream(corpus)
+    for sample in shuffled:
+        one = other.read([sample])
+        cut = MicroBatch(
+            *(getattr(whole, f)[:, [sample]] if "mtp" in f else getattr(whole, f)[[sample]] for f in asdict(whole))
+        )
+        assert equal(one, cut)
+    for ranks in (2, 4, 5):
+        for rank in range(ranks):
+            mine = list(range(rank, 200, ranks))
+            assert np.array_equal(stream(corpus).read(mine).tokens, whole.tokens[mine])
+
+
+def test_the_order_is_pinned(corpus: Path) -> None:
+    batch = stream(corpus).read(list(range(500)))
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(getattr(batch, f)).tobytes() for f in asdict(batch)))
+    assert digest.hexdigest() == "526015c854a14ecfbcb38e325c0667e8d4e54a046525511f556c6f385b5298c0"
+
+
+def test_seeds_and_shares(corpus: Path) -> None:
+    one, other = stream(corpus), stream(corpus, seed=6)
+    assert not np.array_equal(one.read(list(range(20))).tokens, other.read(list(range(20))).tokens)
+    taken = Counter(one.read(list(range(700))).source.tolist())
+    assert taken == {0: 400, 1: 100, 2: 200}
+    only = stream(corpus, weights={"two": "1"})
+    assert only.source_names == ("two",)
+
+
+def test_state_resumes_and_refuses_other_data(corpus: Path, tmp_path: Path) -> None:
+    opened = stream(corpus)
+    state = opened.state(123)
+    assert sum(state.per_source.values()) == 123
+    text = json.dumps(asdict(state))
+    assert len(text) < 2048
+    assert stream(corpus).resume(StreamState(**json.loads(text))) == 123
+    for change in ({"seed": 6}, {"stage": "extend"}, {"length": 64}, {"weights": {"one": "1", "two": "1"}}):
+        with pytest.raises(DataError, match="another stream"):
+            stream(corpus, **change).resume(state)
+    token_corpus(tmp_path, DOCUMENTS, seed=1)
+    with pytest.raises(DataError, match="stream state is of manifest"):
+        stream(tmp_path).resume(state)
+
+
+def test_next_stage_goes_on_where_the_last_stopped(corpus: Path) -> None:
+    first = stream(corpus)
+    begun = first.blocks_read(60)
+    seen: dict[str, set[int]] = {name: set() for name in DOCUMENTS}
+    batch = first.read(list(range(60)))
+    for row, source in enumerate(batch.source.tolist()):
+        seen[first.source_names[source]] |= {document for document, _ in pieces(batch, row)}
+    second = stream(corpus, length=64, stage="extend", start_blocks=begun)
+    blocks = {name: -(-count // 12) for name, count in DOCUMENTS.items()}
+    for source, name in enumerate(second.source_names):
+        left = (blocks[name] - begun[name] % blocks[name]) % blocks[name]
+        assert begun[name] > 0
+        order = second._orders[source]
+        new = set()
+        for count in range(order.epoch_sequences):
+            epoch, block, _ = order.locate(count)
+            if epoch == begun[name] // blocks[name] == 0 and left:
+                new |= set(range(block * 12, min(block * 12 + 12, DOCUMENTS[name])))
+        assert not new & seen[name]
+    assert any(begun[name] < blocks[name] for name in DOCUMENTS)
+    assert second.epochs(1)["one"] > second.epochs(0)["one"] > 0
+    assert second.blocks_read(0) == begun
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    manifest = token_corpus(tmp_path, {"one": 30})
+    path = tmp_path / MANIFEST_FILE
+
+    def refused(pattern: str, **settings: object) -> None:
+        with pytest.raises(DataError, match=pattern):
+            stream(tmp_path, weights=None, **settings).read([0, 1, 2, 3])
+
+    path.write_bytes(manifest_json(manifest).replace(b'"tokens"', b'"tokenz"', 1))
+    refused("damaged")
+    path.write_bytes(manifest_json(replace(manifest, vocab_size=640)))
+    refused("content has digest")
+    _save(path, replace(manifest, sources=manifest.sources * 2))
+    refused("given twice")
+    outside = replace(manifest.sources[0].blocks[0], file="../x.bin")
+    _save(path, replace(manifest, sources=(replace(manifest.sources[0], blocks=(outside,)),)))
+    refused("lies outside")
+    _save(path, replace(manifest, vocab_size=VOCABULARY // 2))
+    refused(r"token \d+ at index \d+, but the vocabulary has 256", verify=False)
+    _save(path, manifest)
+    stream(tmp_path, weights=None)
+
+    block = tmp_path / manifest.sources[0].blocks[1].file
+    content = block.read_bytes()
+    block.write_bytes(content[:40] + b"\x05" + content[41:])
+    refused(f"{block}: sha256 is")
+    block.write_bytes(content[:-4])
+    refused("bytes, the manifest has", verify=False)
+    block.unlink()
+    refused("missing")
+
+
+def test_plan_file_is_used_and_checked(corpus: Path, tmp_path: Path) -> None:
+    manifest = token_corpus(tmp_path, DOCUMENTS)
+    store = BlockStore(tmp_path, manifest)
+    path = tmp_path / plan_file(LENGTH)
+    plan = build_plan(store, LENGTH)
+    path.write_bytes(plan_json(plan))
+    assert load_plan(store, LENGTH) == plan
+    path.write_bytes(plan_json(replace(plan, manifest_digest="f" * 64)))
+    with pytest.raises(DataError, match="made for manifest ffff"):
+        load_plan(store, LENGTH)
+    wrong = {name: tuple(count + 1 for count in counts) for name, counts in plan.sequences.items()}
+    path.write_bytes(plan_json(replace(plan, sequences=wrong)))
+    with pytest.raises(DataError, match=r"packs into \d+ sequences, the plan has"):
+        stream(tmp_path).read([0])
+    path.write_bytes(b"{}")
+    with pytest.raises(DataError, match="damaged plan"):
+        load_plan(store, LENGTH)
+
+
+def test_wrong_settings_are_named(corpus: Path) -> None:
+    with pytest.raises(UsageError, match="unknown sources four; found one, two, three"):
+        stream(corpus, weights={"four": "1"})
+    with pytest.raises(UsageError, match="weight of one: found 'many'"):
+        stream(corpus, weights={"one": "many"})
+    with pytest.raises(UsageError, match="at least 2"):
+        stream(corpus, length=1)
+    with pytest.raises(DataError, match="cannot read the manifest"):
+        stream(corpus / "nowhere")
+
+
+def _save(path: Path, manifest: Manifest) -> None:
+    path.write_bytes(manifest_json(with_digest(manifest)))
