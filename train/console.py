@@ -24,6 +24,7 @@ class ConsoleSink:
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._first: tuple[float, int] | None = None
+        self._skipped = 0.0
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -37,7 +38,11 @@ class ConsoleSink:
         if self._progress is not None:
             self._progress.update(self._task, completed=tokens, description=f"step {step}, {left} left")
         if "train/loss" in values:
-            self._console.print(step_line(step, tokens, self._total, values, left), markup=False, soft_wrap=True)
+            total = values.get("optim/skipped", 0)  # of the run so far
+            skipped, self._skipped = total > self._skipped, total
+            self._console.print(
+                step_line(step, tokens, self._total, values, left, skipped), markup=False, soft_wrap=True
+            )
         else:  # an evaluation or another figure that belongs to no training step
             shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
             self._console.print(f"step {step:>6}  {shown}", markup=False, soft_wrap=True)
@@ -65,7 +70,7 @@ class ConsoleSink:
         return duration((self._total - tokens) * (now - start) / (tokens - before))
 
 
-def step_line(step: int, tokens: int, total: int, values: Mapping[str, float], left: str) -> str:
+def step_line(step: int, tokens: int, total: int, values: Mapping[str, float], left: str, skipped: bool) -> str:
     """Fixed columns, so that the eye can run down one; a figure that was not logged is left out."""
     columns = [f"step {step:>6}", f"tokens {short(tokens):>6} ({100 * tokens / max(total, 1):5.1f}%)"]
     for title, name, form in (
@@ -80,7 +85,7 @@ def step_line(step: int, tokens: int, total: int, values: Mapping[str, float], l
     if "perf/tokens_per_s" in values:
         columns.append(f"{short(values['perf/tokens_per_s']):>6} tok/s")
     columns.append(f"left {left}")
-    if values.get("optim/skipped", 0):
+    if skipped:
         columns.append("SKIPPED (norm not finite)")
     return "  ".join(columns)
 

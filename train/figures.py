@@ -218,10 +218,9 @@ def _bins(table: np.ndarray, most: int) -> np.ndarray:
 
 
 def _mark(axes: Axes, run: RunRecord) -> None:
-    """Skipped steps and spikes as ticks at the foot of the loss, restarts as fine lines."""
-    tokens, skipped = run.logged("optim/skipped")
+    """Skipped steps and spikes as ticks at the foot of the loss."""
     for title, places, color in (
-        ("skipped step", tokens[skipped > 0] if len(skipped) else [], "#b2182b"),
+        ("skipped step", run.skips(), "#b2182b"),
         ("loss spike", loss_spikes(run), "#e08214"),
     ):
         if len(places):

@@ -1,11 +1,11 @@
 """The one metrics call: every observable figure of a run goes through `Metrics.log`.
 
-Names are `group/name` (`train/loss`, `moe/max_vio`). Values are already reduced by the rank that owns them; only global
-rank 0 holds sinks. `metrics.jsonl` in the run directory is the truth; a sink that fails is dropped with a warning and
-never stops training.
+Names are `group/name` (`train/loss`, `moe/max_vio`). Values are already reduced by the rank that owns them; counts
+(`optim/skipped`) are of the run so far. Only global rank 0 holds sinks. `metrics.jsonl` in the run directory is the
+truth; a sink that fails is dropped with a warning and never stops training.
 
 Files of a run directory written here: `metrics.jsonl` (a line per call of `log`), `events.jsonl`, `load.jsonl` (tokens
-per expert), `status.json` (what the run is doing now), `tracker_id`.
+per expert), `status.json` (what the run is doing now).
 """
 
 from __future__ import annotations

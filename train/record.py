@@ -5,7 +5,7 @@ Needs `metrics.jsonl`. Everything else may be missing (a run under way, or one t
 `evaluation.json` {"rows": [{"checkpoint", "label", "language", "context", "bits_per_byte", "one_token_bits_per_byte"}],
 "baselines": {language: {"zlib", "token_unigram", "token_bigram", "character_bigram"}}}, rows in the order of training;
 `timeline.json` {"scheduled": [bar], "measured": [bar]}, a bar being {"rank", "op", "direction", "chunk", "stage",
-"start", "end"}, scheduled in units of cost, measured in seconds;
+"start", "end"} in seconds from any origin;
 `data.json`, what the data build kept and dropped, passed on as it is.
 """
 
@@ -92,6 +92,11 @@ class RunRecord:
     @property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(row.label for row in self.rows))
+
+    def skips(self) -> np.ndarray:
+        """Token counts of the skipped steps, from the running total `optim/skipped`."""
+        tokens, total = self.logged("optim/skipped")
+        return tokens[np.diff(total, prepend=0.0) > 0]
 
     def sources(self) -> list[str]:
         """Sources (languages) whose loss was logged."""

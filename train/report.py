@@ -58,8 +58,8 @@ FIGURES = (
     ),
 )
 TIMELINE_TEXT = (
-    "One step of the pipeline as its schedule table predicts it, above the same step as it ran. Same order and similar "
-    "gaps: the pipeline does what it was designed to do."
+    "One step of the pipeline as its schedule predicts it from mean durations, above the same step as it ran. Equal "
+    "order and similar gaps: the pipeline does what it was designed to do."
 )
 
 
@@ -94,15 +94,12 @@ def write_report(run_dir: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def timeline_panels(run: RunRecord) -> list[Panel]:
-    """Scheduled in its unit of cost, measured in milliseconds from its first action."""
+    """As scheduled (simulated with the measured mean durations) above as measured, in milliseconds."""
     panels = []
-    for key, title, unit, scale in (
-        ("scheduled", "As scheduled", "units", 1.0),
-        ("measured", "As measured", "ms", 1e3),
-    ):
-        bars = [replace(bar, start=bar.start * scale, end=bar.end * scale) for bar in run.timeline.get(key, [])]
+    for key, title in (("scheduled", "As scheduled"), ("measured", "As measured")):
+        bars = [replace(bar, start=bar.start * 1e3, end=bar.end * 1e3) for bar in run.timeline.get(key, [])]
         if bars:
-            panels.append(Panel(title, bars, unit))
+            panels.append(Panel(title, bars, "ms"))
     return panels
 
 

@@ -93,7 +93,7 @@ def judge(run: RunRecord) -> Verdict:
 
 def finished(run: RunRecord) -> Check:
     state = str(run.status.get("state", ""))
-    restarts = sum(event.get("event") == "resumed" for event in run.events)
+    restarts = max(0, sum(event.get("event") == "started" for event in run.events) - 1)
     note = f", {restarts} restart{'s' if restarts != 1 else ''}" if restarts else ""
     text = f"{short(run.tokens[-1])} tokens in {run.step[-1]:,} steps{note}."
     if not state:
@@ -191,10 +191,9 @@ def long_context(run: RunRecord) -> Check:
 def steady(run: RunRecord) -> Check:
     """Steps skipped, loss spikes, gradient norm."""
     title = "Steady steps"
-    _, skipped = run.logged("optim/skipped")
     _, loss = run.logged("train/loss")
     _, norm = run.logged("optim/grad_norm")
-    lost, spikes = int(np.nansum(skipped)), len(loss_spikes(run))
+    lost, spikes = len(run.skips()), len(loss_spikes(run))
     finite = norm[np.isfinite(norm)]
     text = f"{lost} steps skipped, {spikes} loss spikes"
     if len(finite):

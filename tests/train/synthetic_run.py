@@ -32,7 +32,8 @@ def write_run(
 ) -> Path:
     draw = random.Random(seed)
     sink = JsonLinesSink(directory)
-    sink.event("stage_began", {"stage": "pretrain"})
+    sink.event("started", {"step": 0})
+    sink.event("stage", {"name": "pretrain"})
     bias = [draw.gauss(0, 0.5) for _ in range(EXPERTS)]
     step, tokens = 0, 0
     total = sum(steps for *_, steps in STAGES)
@@ -52,7 +53,7 @@ def write_run(
                 "train/loss/zh": base + 0.45 + draw.gauss(0, 0.06),
                 "optim/lr": 2e-3 * min(1, step / 40) * (0.55 + 0.45 * math.cos(math.pi * step / total)),
                 "optim/grad_norm": (0.6 + 3 * math.exp(-step / 30)) * math.exp(draw.gauss(0, 0.15)),
-                "optim/skipped": int(0 < step - 150 <= skips),
+                "optim/skipped": min(max(0, step - 150), skips),
                 "moe/max_vio": 1.5 * math.exp(-step / 60) + 0.25 + abs(draw.gauss(0, 0.06)),
                 "perf/tokens_per_s": (5200, 4600, 3900)[index] * (1 + draw.gauss(0, 0.03)),
             }
@@ -104,15 +105,15 @@ def write_timeline(directory: Path, draw: random.Random) -> None:
     """A DualPipe table of two ranks, simulated, and the same with every action taking a little longer or shorter."""
     scheduled = [
         {"rank": b.rank, "op": str(b.op), "direction": b.direction, "chunk": b.chunk, "stage": 0,
-         "start": b.start, "end": b.end}
+         "start": b.start * 0.021, "end": b.end * 0.021}
         for b in bars_of(simulate(build("dualpipe", 2, 8)))
     ]  # fmt: skip
     measured, clock, seen = [], {}, {}
     for bar in scheduled:
         key = (bar["rank"], bar["start"], bar["end"])
         if key not in seen:
-            length = (bar["end"] - bar["start"]) * 0.021 * draw.uniform(0.85, 1.25)
-            start = max(clock.get(bar["rank"], 0.0), bar["start"] * 0.022)
+            length = (bar["end"] - bar["start"]) * draw.uniform(0.85, 1.25)
+            start = max(clock.get(bar["rank"], 0.0), bar["start"] * 1.04)
             seen[key] = (start, start + length)
             clock[bar["rank"]] = start + length
         measured.append({**bar, "start": 100.0 + seen[key][0], "end": 100.0 + seen[key][1]})

@@ -246,14 +246,16 @@ def test_console_lines(tmp_path: Path) -> None:
     sink.log(1, 8192, values)
     now[0] = 10.0
     sink.log(2, 8192 * 2, {**values, "optim/skipped": 1})
+    sink.log(3, 8192 * 2, {**values, "optim/skipped": 1})
     sink.log(2, 8192 * 2, {"val/en/bits_per_byte": 1.5})
     sink.event("checkpoint_saved", {"path": "runs/x/step-2"})
     sink.close(0)
-    first, second, evaluation, event = out.getvalue().splitlines()
+    first, second, third, evaluation, event = out.getvalue().splitlines()
     for part in ("step      1", "8.19K", "loss  4.2500", "mtp  5.5000", "lr 3.00e-04", "1.25", "12.3K tok/s"):
         assert part in first
     assert first.endswith("left ?")
     assert "left 40m21s  SKIPPED" in second  # (2e6 - 16384) tokens at 819.2 per second
+    assert "SKIPPED" not in third  # the count of the run has not grown
     assert "val/en/bits_per_byte 1.5" in evaluation
     assert event == "-- checkpoint saved: path runs/x/step-2"
 
