@@ -120,6 +120,7 @@ def test_longest_copy_stays_and_empty_texts_are_no_copies() -> None:
         Document("d", "——", "s", "en"),
     ]
     assert near_duplicates(documents, MinHash(), THRESHOLD).survivor.tolist() == [1, 1, 2, 3]
+    assert near_duplicates(documents[2:], MinHash(), 0.0).keep.all()
     assert near_duplicates([], MinHash(), THRESHOLD).survivor.tolist() == []
 
 
@@ -134,3 +135,16 @@ def test_chains_of_copies_are_one_group() -> None:
     found = near_duplicates(documents, MinHash(bands=56, rows=2), THRESHOLD)
     assert brute_jaccard(documents[0].text, documents[3].text) < THRESHOLD
     assert len(set(found.survivor.tolist())) == 1
+
+
+def test_only_documents_unlike_every_leader_become_leaders() -> None:
+    words = [f"w{i}" for i in range(500)]
+    documents = [Document(str(i), " ".join(words[40 * i : 40 * i + 300]), "s", "en") for i in range(4)]
+    texts = [document.text for document in documents]
+    one_bucket = next(
+        parameters
+        for parameters in (MinHash(bands=1, rows=1, seed=seed) for seed in range(1000))
+        if len(set(signatures(texts, parameters)[:, 0].tolist())) == 1
+    )
+    found = near_duplicates(documents, one_bucket, THRESHOLD)
+    assert [pair[:2] for pair in found.pairs] == [(0, 1), (2, 3)]
