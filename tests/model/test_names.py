@@ -54,7 +54,10 @@ def test_slices_take_the_same_initial_values_as_the_whole(slice_of_experts: tupl
     depth = MultiTokenPrediction(config, experts=slice_of_experts, dtype=torch.float64)
     initialize(depth, config, seed=7, prefix="mtp.0.")
     found = canonical_tensors(layer, "layers.2.") | canonical_tensors(depth, "mtp.0.")
-    assert len([name for name in found if ".experts." in name]) == 2 * 2 * (slice_of_experts[1] - slice_of_experts[0])
+    first, last = slice_of_experts
+    for prefix in ("layers.2.", "mtp.0.layer."):
+        held = {name for name in found if name.startswith(f"{prefix}experts.")}
+        assert held == {f"{prefix}experts.{e}.{leaf}" for e in range(first, last) for leaf in ("gate_up", "down")}
     for name, value in found.items():
         assert torch.equal(value, reference[name]), name
 
