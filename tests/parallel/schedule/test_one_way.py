@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from parallel.schedule.actions import Op, Post, Table
+from parallel.schedule.actions import Compute, Op, Payload, Post, Table, Transfer
 from parallel.schedule.boundary import consumed, parts, produced
 from parallel.schedule.checker import check
 from parallel.schedule.registry import SCHEDULES, build
@@ -90,3 +90,15 @@ def test_unknown_schedule_and_bad_numbers_are_named() -> None:
         build("1f1b", 2, 0)
     with pytest.raises(ValueError, match=r"gpipe: stages=0: must be at least 1"):
         build("gpipe", 0, 2)
+
+
+def test_batches_of_a_rank_follow_one_another_in_nccl_mode_only() -> None:
+    """Two sends of 5 each, posted at 1 and 2: side by side by name, one after the other on one communicator."""
+    f = lambda stage, chunk: Compute(Op.F, 0, stage, chunk)  # noqa: E731
+    a = lambda send, chunk: Post((Transfer(send, Payload.ACTIVATION, 0, 1, chunk, int(send)),))  # noqa: E731
+    zero = (f(0, 0), a(True, 0), f(0, 1), a(True, 1))
+    one = (a(False, 0), a(False, 1), f(1, 0), f(1, 1))
+    table = Table("two sends", 2, 2, 2, ((0, 1),), (zero, one))
+    check(table, forward_only=True)
+    starts = {mode: [t.start for t in simulate(table, Costs(send=5), mode).timed[1]] for mode in ("gloo", "nccl")}
+    assert starts == {"gloo": [6, 7], "nccl": [6, 11]}
