@@ -64,6 +64,7 @@ def page(run: RunRecord, verdict: Verdict, pictures: Sequence[Picture], missing:
     if table:
         place = next((i + 1 for i, picture in enumerate(pictures) if picture.name == "evaluation"), len(sections))
         sections.insert(place, table)
+    sections += [data_table(run)] if run.data else []
     facts = _facts(run)
     if facts:
         sections.append("<h2>The run</h2>" + facts)
@@ -119,6 +120,29 @@ def evaluation_table(run: RunRecord) -> str:
                 f'<tr class="baseline"><td>{spoken}</td><td class="left">{escape(name.replace("_", " "))}</td>'
                 f'<td colspan="{len(contexts)}">{value:.3f}</td></tr>'
             )
+    return "".join(out) + "</table>"
+
+
+def data_table(run: RunRecord) -> str:
+    """What the data build read, removed and kept, by language."""
+    columns = {
+        "documents_read": "documents read",
+        "exact_duplicates": "exact duplicates",
+        "near_duplicates": "near duplicates",
+        "heldout_documents": "held out",
+        "documents": "trained on",
+        "tokens": "tokens",
+        "bytes_per_token": "bytes per token",
+    }
+    out = [
+        "<h2>The text</h2><table><tr><th>language</th>",
+        *(f"<th>{title}</th>" for title in columns.values()),
+        "</tr>",
+    ]
+    for language, counts in run.data.items():
+        cells = (counts.get(key) for key in columns)
+        shown = ("" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells)
+        out += [f"<tr><td>{escape(language_name(language))}</td>", *(f"<td>{cell}</td>" for cell in shown), "</tr>"]
     return "".join(out) + "</table>"
 
 

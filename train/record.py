@@ -6,7 +6,7 @@ Needs `metrics.jsonl`. Everything else may be missing (a run under way, or one t
 "baselines": {language: {"zlib", "token_unigram", "token_bigram", "character_bigram"}}}, rows in the order of training;
 `timeline.json` {"scheduled": [bar], "measured": [bar]}, a bar being {"rank", "op", "direction", "chunk", "stage",
 "start", "end"} in seconds from any origin;
-`data.json`, what the data build kept and dropped, passed on as it is.
+Outside it, `report.json` of the data build in the configuration's `data.directory`: {"languages": {language: counts}}.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RunRecord:
     rows: list[EvaluationRow] = field(default_factory=list)
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     timeline: dict[str, list[Bar]] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return name in self.series and bool(np.isfinite(self.series[name]).any())
@@ -142,7 +142,7 @@ def read_run(directory: Path) -> RunRecord:
         raise RecordError(f"{directory / 'evaluation.json'}: a row lacks or garbles {error}", 65) from None
     record.baselines = evaluation.get("baselines", {})
     record.timeline = _read_timeline(directory / "timeline.json")
-    record.data = _json(directory / "data.json")
+    record.data = _read_data(record.config)
     return record
 
 
@@ -193,6 +193,15 @@ def _read_timeline(path: Path) -> dict[str, list[Bar]]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path}: a bar lacks or garbles {error}", 65) from None
+
+
+def _read_data(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the data build counted, by language; empty where the corpus is not on this machine."""
+    place = config.get("data")
+    if not isinstance(place, dict) or not place.get("directory"):
+        return {}
+    languages = _json(Path(str(place["directory"])) / "report.json").get("languages", {})
+    return languages if isinstance(languages, dict) else {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

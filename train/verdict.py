@@ -97,11 +97,11 @@ def finished(run: RunRecord) -> Check:
     note = f", {restarts} restart{'s' if restarts != 1 else ''}" if restarts else ""
     text = f"{short(run.tokens[-1])} tokens in {run.step[-1]:,} steps{note}."
     if not state:
-        return Check("Finished", Grade.UNKNOWN, "?", f"The run left no status; {text}")
+        return Check("Completion", Grade.UNKNOWN, "?", f"The run left no status; {text}")
     if state == "done":
-        return Check("Finished", Grade.GOOD, "yes", text)
+        return Check("Completion", Grade.GOOD, "done", text)
     grade = Grade.BAD if state == "failed" else Grade.WARN
-    return Check("Finished", grade, state, f"The run's last state is '{state}'; {text}")
+    return Check("Completion", grade, state, f"The run's last state is '{state}'; {text}")
 
 
 def loss_fell(run: RunRecord) -> Check:
@@ -150,7 +150,7 @@ def held_out(run: RunRecord) -> list[Check]:
 
 
 def context_used(run: RunRecord) -> Check:
-    title = "Uses its context"
+    title = "Context use"
     gains = []
     for language in dict.fromkeys(row.language for row in run.rows):
         rows = [row for row in run.rows if row.language == language and row.label != "before" and row.one_token]
@@ -169,7 +169,7 @@ def context_used(run: RunRecord) -> Check:
 
 def long_context(run: RunRecord) -> Check:
     """The last checkpoint, at the longest context it was evaluated at against the shortest."""
-    title = "Longer context helps"
+    title = "Longer context"
     changes = []
     for language in dict.fromkeys(row.language for row in run.rows):
         rows = [row for row in run.rows if row.language == language]

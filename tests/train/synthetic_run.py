@@ -71,8 +71,14 @@ def write_run(
                 sink.expert_load(step, loads)
     sink.close(0)
     write_status(directory, state, step=step, tokens=tokens)
+    counts = {"documents_read": 591, "exact_duplicates": 2, "near_duplicates": 7, "heldout_documents": 24,
+              "documents": 558, "tokens": 429565, "bytes_per_token": 4.027}  # fmt: skip
+    corpus = directory / "corpus"
+    corpus.mkdir(exist_ok=True)
+    (corpus / "report.json").write_text(json.dumps({"languages": {"en": counts, "zh": {**counts, "tokens": 446195}}}))
     (directory / "config.yaml").write_text(
-        "name: demo\nseed: 1234\nmodel: {name: demo, num_layers: 4, hidden_size: 256, num_routed_experts: 8, "
+        f"name: demo\nseed: 1234\ndata: {{directory: {corpus}}}\n"
+        "model: {name: demo, num_layers: 4, hidden_size: 256, num_routed_experts: 8, "
         "experts_per_token: 2, vocab_size: 8192}\nparallel: {pipeline: 2, expert: 2, schedule: dualpipe}\n"
         "precision: {compute: bfloat16, fp8: true}\nstages: [{name: pretrain}, {name: extend_8x}, {name: extend_32x}]\n"
     )

@@ -43,8 +43,8 @@ def test_a_healthy_run_is_called_healthy(healthy: Path) -> None:
         ({"skips": 2}, "Steady steps", Grade.WARN),
         ({"skips": 40}, "Steady steps", Grade.BAD),
         ({"evaluated": False}, "Held-out text", Grade.UNKNOWN),
-        ({"state": "failed"}, "Finished", Grade.BAD),
-        ({"state": "running"}, "Finished", Grade.WARN),
+        ({"state": "failed"}, "Completion", Grade.BAD),
+        ({"state": "running"}, "Completion", Grade.WARN),
     ],
 )
 def test_what_is_broken_is_named(tmp_path: Path, broken: dict[str, object], title: str, grade: Grade) -> None:
@@ -110,6 +110,7 @@ def test_the_command_writes_a_page_that_is_one_file(healthy: Path, capsys: pytes
     assert not list(path.parent.glob("*tmp*"))
     assert "Healthy" in text and "Not shown" not in text
     assert figures["bits_per_byte"]["en"]["extend_32x"]["4096"] == pytest.approx(1.80 * 0.951, abs=1e-4)
+    assert figures["data"]["zh"]["tokens"] == 446195 and "446,195" in text
     cells = re.findall(r"<td>(\d\.\d{3})</td>", text)
     assert "1.800" in cells and "2.520" in cells
 
