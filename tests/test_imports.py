@@ -74,7 +74,7 @@ def test_the_direction_check_sees_every_form_of_import() -> None:
 
 # Runs in a fresh process: argv are JSON lists of optional third parties, modules to import, rooms.
 IMPORT_ALL = """
-import importlib, json, os, random, sys
+import importlib, json, os, sys
 sys.path.insert(0, os.getcwd())
 import numpy, torch
 
@@ -86,7 +86,7 @@ def state():
     return {"default dtype": torch.get_default_dtype(), "grad mode": torch.is_grad_enabled(),
             "number of torch threads": torch.get_num_threads(),
             "torch random state": torch.get_rng_state().tolist(), "numpy random state": repr(numpy.random.get_state()),
-            "Python random state": random.getstate(), "process group": torch.distributed.is_initialized(),
+            "process group": torch.distributed.is_initialized(),
             "CUDA context": torch.cuda.is_initialized(), "arguments": list(sys.argv)}
 
 def watch(event, arguments):  # a file opened for writing by a module body of ours
