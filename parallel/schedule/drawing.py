@@ -17,8 +17,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 from parallel.schedule.actions import Op
 from parallel.schedule.boundary import parts
@@ -45,6 +46,9 @@ WIDTH_IN = 16.0
 ROW_IN = 0.36
 DPI = 150
 SMALLEST_LABEL = 4.5  # points; a narrower box goes without its number
+
+
+_Corners = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -124,21 +128,31 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     origin, makespan, ranks = panel.origin, panel.makespan, panel.ranks
     axes.set_xlim(0, makespan)
     axes.set_ylim(ranks - 0.5, -0.5)
-    for rank in range(ranks):
-        axes.add_patch(Rectangle((0, rank - ROW / 2), makespan, ROW, facecolor=IDLE, edgecolor="none"))
+    idle = [_corners(0, makespan, rank - ROW / 2, ROW) for rank in range(ranks)]
+    axes.add_collection(PolyCollection(idle, facecolors=IDLE, edgecolors="none"), autolim=False)
     boxes: dict[tuple[int, float, float], list[Bar]] = defaultdict(list)
     for bar in panel.bars:
         boxes[bar.rank, bar.start - origin, bar.end - origin].append(bar)
     points_per_unit = WIDTH_IN * 0.935 * 72 / makespan
+    shapes: dict[tuple[int, Op], list[_Corners]] = defaultdict(list)
+    outlines = []
     for (rank, start, end), bars in boxes.items():
         bars.sort(key=lambda bar: bar.op is not Op.F)
         height = ROW / len(bars)
         for i, bar in enumerate(bars):
             y = rank - ROW / 2 + i * height
-            _draw_box(axes, bar, start, end, y, height, points_per_unit)
+            shapes[bar.direction % 2, bar.op].append(_corners(start, end, y, height))
+            _label_box(axes, bar, (start + end) / 2, y + height / 2, (end - start) * points_per_unit, len(bars) > 1)
         if len(bars) > 1:
-            outline = Rectangle((start, rank - ROW / 2), end - start, ROW, fill=False, edgecolor="black", linewidth=1.0)
-            axes.add_patch(outline)
+            outlines.append(_corners(start, end, rank - ROW / 2, ROW))
+    # one collection for each kind of box: thousands of single patches take a minute to draw
+    for (hue, op), corners in shapes.items():
+        edge = EDGE[hue] if op is Op.W else "white"
+        kind = PolyCollection(corners, facecolors=FILL[hue, op], edgecolors=edge, linewidths=0.5)
+        if op is Op.W:
+            kind.set_hatch(HATCH)
+        axes.add_collection(kind, autolim=False)
+    axes.add_collection(PolyCollection(outlines, facecolors="none", edgecolors="black", linewidths=1.0), autolim=False)
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"time ({panel.unit_name})", fontsize=9, labelpad=1)
@@ -148,34 +162,25 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _draw_box(axes: Axes, bar: Bar, start: float, end: float, y: float, height: float, points_per_unit: float) -> None:
-    hue = bar.direction % 2
-    deferred = bar.op is Op.W
-    axes.add_patch(
-        Rectangle(
-            (start, y),
-            end - start,
-            height,
-            facecolor=FILL[hue, bar.op],
-            edgecolor=EDGE[hue] if deferred else "white",
-            hatch=HATCH if deferred else None,
-            linewidth=0.5,
-        )
-    )
+def _corners(start: float, end: float, y: float, height: float) -> _Corners:
+    return [(start, y), (end, y), (end, y + height), (start, y + height)]
+
+
+def _label_box(axes: Axes, bar: Bar, x: float, y: float, room: float, half: bool) -> None:
+    """The chunk in the middle of its box, where `room` (points) allows."""
     label = str(bar.chunk)
-    room = (end - start) * points_per_unit
-    size = min(9.0 if height > ROW / 2 else 7.5, 1.5 * room / len(label))
+    size = min(7.5 if half else 9.0, 1.5 * room / len(label))
     if size < SMALLEST_LABEL:
         return
     axes.text(
-        (start + end) / 2,
-        y + height / 2,
+        x,
+        y,
         label,
         ha="center",
         va="center_baseline",
         fontsize=size,
         color="white" if bar.op in DARK else "black",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6} if deferred else None,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6} if bar.op is Op.W else None,
     )
 
 

@@ -120,6 +120,15 @@ def test_other_refusals() -> None:
     refused(replace(table, micro_batches=10), Reason.SHAPE)
     refused(replace(table, actions=table.actions[:3]), Reason.SHAPE)
 
+    def never(row: Row) -> Row:
+        kept = [
+            Post(tuple(t for t in action.transfers if str(t)[:6] != "a0.3@1")) if isinstance(action, Post) else action
+            for action in row
+        ]
+        return [action for action in kept if action != Post(())]
+
+    assert refused(mutate(mutate(table, 0, never), 1, never), Reason.UNMATCHED).rank == 1
+
     def wrong_peer(row: Row) -> None:
         i = place(row, "->1")
         post = row[i]
