@@ -1,22 +1,32 @@
 """Cross entropy over the vocabulary, in FP32 at least: loss_m = log(sum_v exp(logit_mv)) - logit_m[label].
 
-Shapes: M tokens, V vocabulary entries; labels int64 [M]. Rows are independent, so callers may work in chunks of rows.
-A row whose label is `ignore_index` has loss 0 and gradient 0. `cross_entropy` and `cross_entropy_backward` are the
-definition; `cross_entropy_and_gradient` gives both with one pass of exponentials, which are what costs.
+Shapes: M tokens, V vocabulary entries; labels int64 [M]. Rows are independent, so callers may work in chunks of rows;
+here they are taken in pieces whose temporaries stay in the cache. A row whose label is `ignore_index` has loss 0 and
+gradient 0, whatever its logits. `cross_entropy` and `cross_entropy_backward` are the definition;
+`cross_entropy_and_gradient` gives both with one pass of exponentials, which are what costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100
+# Elements per piece of rows.
+PIECE = 1 << 17
 
 
 def cross_entropy(logits_MV: Tensor, labels_M: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """loss [M] of each token, FP32 at least."""
-    wide = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-    return _loss(wide, labels_M, wide.logsumexp(-1), ignore_index)
+    compute = torch.promote_types(logits_MV.dtype, torch.float32)
+    loss_M = logits_MV.new_empty(logits_MV.shape[0], dtype=compute)
+    for rows in _pieces(logits_MV):
+        wide = logits_MV[rows].to(compute)
+        loss_M[rows] = F.cross_entropy(wide, labels_M[rows], ignore_index=ignore_index, reduction="none")
+    return loss_M
 
 
 def cross_entropy_backward(
@@ -28,42 +38,56 @@ def cross_entropy_backward(
 ) -> Tensor:
     """dlogits [M, V] = (softmax(logits) - one_hot(label)) * scale, in logits' dtype.
 
-    scale: a number or [M], the gradient that reaches each token's loss. in_place: write it over FP32 or float64 logits.
+    scale: a number or [M], the gradient that reaches each token's loss. in_place: write it over the logits.
     """
-    wide = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-    if in_place:
-        probability = wide.sub_(wide.amax(-1, keepdim=True)).exp_()
-        probability.div_(probability.sum(-1, keepdim=True))
-    else:
-        probability = torch.softmax(wide, -1)
-    return _subtract_labels(probability, labels_M, scale, ignore_index).to(logits_MV.dtype)
+    compute = torch.promote_types(logits_MV.dtype, torch.float32)
+    dlogits_MV = logits_MV if in_place else torch.empty_like(logits_MV)
+    scale_M = _row_scale(scale, logits_MV, compute)
+    for rows in _pieces(logits_MV):
+        probability = torch.softmax(logits_MV[rows].to(compute), -1)
+        dlogits_MV[rows] = _subtract_labels(probability, labels_M[rows], scale_M[rows], ignore_index)
+    return dlogits_MV
 
 
 def cross_entropy_and_gradient(
-    logits_MV: Tensor, labels_M: Tensor, scale: float | Tensor, ignore_index: int = IGNORE_INDEX
+    logits_MV: Tensor,
+    labels_M: Tensor,
+    scale: float | Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(loss [M] FP32 at least, dlogits [M, V] in logits' dtype), as the two functions above."""
-    wide = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-    probability = torch.softmax(wide, -1)
-    # The largest probability is exp(0) / sum, so the sum comes back without another pass of exponentials.
-    lse_M = wide.amax(-1) - probability.amax(-1).log_()
-    loss_M = _loss(wide, labels_M, lse_M, ignore_index)
-    return loss_M, _subtract_labels(probability, labels_M, scale, ignore_index).to(logits_MV.dtype)
+    compute = torch.promote_types(logits_MV.dtype, torch.float32)
+    loss_M = logits_MV.new_empty(logits_MV.shape[0], dtype=compute)
+    dlogits_MV = logits_MV if in_place else torch.empty_like(logits_MV)
+    scale_M = _row_scale(scale, logits_MV, compute)
+    for rows in _pieces(logits_MV):
+        wide = logits_MV[rows].to(compute)
+        probability = torch.softmax(wide, -1)
+        # The largest probability is exp(0) / sum, so the sum comes back without another pass of exponentials.
+        lse = wide.amax(-1) - probability.amax(-1).log_()
+        ignored = labels_M[rows] == ignore_index
+        picked = wide.gather(1, labels_M[rows].masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+        loss_M[rows] = (lse - picked).masked_fill_(ignored, 0.0)
+        dlogits_MV[rows] = _subtract_labels(probability, labels_M[rows], scale_M[rows], ignore_index)
+    return loss_M, dlogits_MV
 
 
-def _loss(wide: Tensor, labels_M: Tensor, lse_M: Tensor, ignore_index: int) -> Tensor:
-    ignored = labels_M == ignore_index
-    picked = wide.gather(1, labels_M.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
-    return (lse_M - picked).masked_fill_(ignored, 0.0)
+def _pieces(logits_MV: Tensor) -> Iterator[slice]:
+    count = max(1, PIECE // max(1, logits_MV.shape[1]))
+    return (slice(first, first + count) for first in range(0, logits_MV.shape[0], count))
 
 
-def _subtract_labels(probability: Tensor, labels_M: Tensor, scale: float | Tensor, ignore_index: int) -> Tensor:
+def _row_scale(scale: float | Tensor, logits_MV: Tensor, compute: torch.dtype) -> Tensor:
+    return torch.as_tensor(scale, dtype=compute, device=logits_MV.device).expand(logits_MV.shape[0])
+
+
+def _subtract_labels(probability: Tensor, labels_M: Tensor, scale_M: Tensor, ignore_index: int) -> Tensor:
     """In place: (probability - one_hot(label)) * scale, zero for ignored rows."""
     ignored = labels_M == ignore_index
     rows = torch.arange(labels_M.shape[0], device=labels_M.device)
     probability[rows, labels_M.masked_fill(ignored, 0)] -= 1.0
-    row_scale = torch.as_tensor(scale, dtype=probability.dtype, device=probability.device).expand(labels_M.shape[0])
-    probability.mul_(row_scale.unsqueeze(-1))
+    probability.mul_(scale_M.unsqueeze(-1))
     # Not a factor of zero: an ignored row may hold anything, NaN too.
     if bool(ignored.any()):
         probability[ignored] = 0.0

@@ -18,8 +18,9 @@ from kernels.tiles import TILE, multiply_tiles, tile_scales
 
 E5M6_MAX = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
-# FP32 numbers in [8, 16) are 2^-20 apart, E5M6's subnormal step: adding and taking away 12 rounds to it, ties to even.
-_SUBNORMAL_ROUNDER = 12.0
+# For x in [2^e, 2^(e+1)), x + 1.5 * 2^(e+17) lies where FP32 numbers are 2^(e-6) apart, E5M6's step: the sum is rounded
+# to it, to nearest, ties to even, and taking the constant away again is exact.
+_ROUNDER = 1.5 * 2.0**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +51,12 @@ def decode(q: E5M6, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_codes(values: Tensor) -> Tensor:
-    """FP32 -> int16 codes: round to nearest, ties to even; saturates at +-65024, infinities too; NaN stays NaN."""
+    """FP32 -> int16 codes: to nearest, ties to even; saturates at +-65024, infinities too; NaN stays NaN; no -0."""
     values = values.clamp(-E5M6_MAX, E5M6_MAX)
-    bits = values.view(torch.int32)
-    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF).view(torch.float32)
-    subnormal = (values + _SUBNORMAL_ROUNDER).sub_(_SUBNORMAL_ROUNDER).copysign_(values)
-    rounded = torch.where(values.abs() < _SMALLEST_NORMAL, subnormal, normal)
-    # A NaN's bits may round to anything.
-    rounded = torch.where(values.isnan(), values, rounded)
-    return (rounded.to(torch.float16).view(torch.int16) >> 4).bitwise_and_(0xFFF)
+    binade = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+    rounder = binade.clamp_(min=_SMALLEST_NORMAL).mul_(_ROUNDER)
+    half = values.add_(rounder).sub_(rounder).to(torch.float16)
+    return (half.view(torch.int16) >> 4).bitwise_and_(0xFFF)
 
 
 def from_codes(codes: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def fprop(
         raise ValueError(
             f"grouped fprop {name}: x {tuple(x.shape)} and w {tuple(w.shape)} differ in K, their last dimension"
         )
-    out = _by_expert(widen(x), widen(w).mT, counts).to(result_dtype(x, out_dtype))
+    out = _by_expert(x, w, counts, transpose=True).to(result_dtype(x, out_dtype))
     report(name, "fprop", x, w, out)
     return out
 
@@ -42,7 +42,7 @@ def dgrad(
         raise ValueError(
             f"grouped dgrad {name}: dy {tuple(dy.shape)} and w {tuple(w.shape)} differ in N (dy's columns)"
         )
-    out = _by_expert(widen(dy), widen(w), counts).to(result_dtype(dy, out_dtype))
+    out = _by_expert(dy, w, counts, transpose=False).to(result_dtype(dy, out_dtype))
     report(name, "dgrad", dy, w, out)
     return out
 
@@ -63,19 +63,34 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
                 f"grouped wgrad {name}: called with groups {groups}; the operand is quantised for {operand.counts}"
             )
     dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
-    out = dy_NM.new_zeros((len(groups), dy_NM.shape[0], x_KM.shape[0]))
+    out = dy_NM.new_empty((len(groups), dy_NM.shape[0], x_KM.shape[0]))
+    for expert, count in enumerate(groups):
+        if not count:
+            out[expert].zero_()
     for expert, rows in _groups(groups):
         torch.mm(dy_NM[:, rows], x_KM[:, rows].t(), out=out[expert])
     report(name, "wgrad", dy, x, out)
     return out if into is None else into.add_(out)
 
 
-def _by_expert(rows_MA: Tensor, weight_EAB: Tensor, counts: Sequence[int]) -> Tensor:
-    """[M, A] . [E, A, B] -> [M, B], each row with its expert's matrix."""
-    out = rows_MA.new_empty((rows_MA.shape[0], weight_EAB.shape[2]))
-    for expert, rows in _groups(counts):
-        torch.mm(rows_MA[rows], weight_EAB[expert], out=out[rows])
+def _by_expert(rows: Operand, weights: Operand, counts: Sequence[int], transpose: bool) -> Tensor:
+    """[M, A] . [E, A, B] (or [E, B, A] transposed) -> [M, B] in the products' precision, each row with its expert's
+    matrix."""
+    wide = widen(rows)
+    out = wide.new_empty((wide.shape[0], weights.shape[1 if transpose else 2]))
+    for expert, group in _groups(counts):
+        weight = _widen_expert(weights, expert)
+        torch.mm(wide[group], weight.t() if transpose else weight, out=out[group])
     return out
+
+
+def _widen_expert(weights: Operand, expert: int) -> Tensor:
+    """One expert's matrix at a time: it fits a cache where all of them may not fit memory."""
+    if isinstance(weights, Tensor):
+        return widen(weights[expert])
+    if weights.memo is not None:
+        return widen(weights)[expert]
+    return widen(Quantized(weights.data[expert], weights.scale[expert]))
 
 
 def _tokens_last(operand: Operand) -> Tensor:

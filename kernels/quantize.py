@@ -13,7 +13,7 @@ give a non-finite number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,12 +33,20 @@ class Quantized:
     data: float8_e4m3fn, [rows, columns] or stacked [E, rows, columns]; not always contiguous: the transposed quantisers
     return a transposed view. scale: FP32, [rows, ceil(columns/128)] for 1x128 tiles, [..., ceil(rows/128),
     ceil(columns/128)] for 128x128 blocks. counts: rows of each group when the columns are groups of tokens, each padded
-    with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`).
+    with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`). memo: see `remember`.
     """
 
     data: Tensor
     scale: Tensor
     counts: tuple[int, ...] | None = None
+    memo: list[Tensor] | None = field(default=None, repr=False)
+
+    def remember(self) -> Quantized:
+        """The same numbers, whose FP32 values are kept once computed: for weights, which many products use.
+
+        Four more bytes per number, on back ends that multiply in FP32. What `dequantize` returns must not be changed.
+        """
+        return Quantized(self.data, self.scale, self.counts, [])
 
     @property
     def shape(self) -> torch.Size:
@@ -144,6 +152,8 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if dtype == torch.float64:
         return dequantize_reference(q, dtype)
+    if q.memo:
+        return q.memo[0].to(dtype)
     transposed = q.data.ndim == 2 and not q.data.is_contiguous() and q.data.t().is_contiguous()
     row_tile, column_tile = (1 if q.has_tile(ROW_TILE) else TILE), TILE
     data, scale = q.data, q.scale
@@ -152,7 +162,10 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     values = _decode(data.contiguous())
     # 256 undoes the exponent bias of `_decode`; folding it into the scale is exact and saves a pass.
     multiply_tiles(values, scale * 256.0, row_tile, column_tile, out=values)
-    return (values.t() if transposed else values).to(dtype)
+    values = values.t() if transposed else values
+    if q.memo is not None:
+        q.memo.append(values)
+    return values.to(dtype)
 
 
 def dequantize_reference(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -47,6 +47,10 @@ def test_fp8_equals_each_expert_alone(counts: list[int]) -> None:
     columns = quantize_columns(dy, counts=counts), requantize_columns(qx, True, counts)
     dw = grouped.wgrad(*columns, counts)
     assert dw.dtype == torch.float32
+    kept = qw.remember()
+    for _ in range(2):
+        assert torch.equal(grouped.fprop(qx, kept, counts, torch.float32), y)
+        assert torch.equal(grouped.dgrad(qdy, kept, counts, torch.float32), dx)
     for expert, count in enumerate(counts):
         rows = slice(sum(counts[:expert]), sum(counts[: expert + 1]))
         if not count:

@@ -176,6 +176,15 @@ def test_non_finite_input_poisons_its_tile_and_no_other(bad: float, power_of_two
         assert not dequantize(quantize_blocks(x[:128]))[1, 200].isfinite()
 
 
+def test_remembered_values_are_computed_once() -> None:
+    q = quantize_blocks(torch.randn(3, 48, 80))
+    kept = q.remember()
+    first = dequantize(kept)
+    assert dequantize(kept) is first and torch.equal(first, dequantize(q)) and dequantize(q) is not dequantize(q)
+    assert torch.equal(dequantize(kept, torch.bfloat16), first.bfloat16())
+    assert torch.equal(dequantize(kept, torch.float64), dequantize_reference(q, torch.float64))
+
+
 def test_inputs_are_not_changed() -> None:
     x = sample(130, 144)
     before = x.clone()
