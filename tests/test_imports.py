@@ -123,7 +123,7 @@ def import_all(modules: list[str], cwd: Path, rooms: list[str]) -> tuple[dict[st
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -175,7 +175,7 @@ def test_transformers_does_not_take_our_kernels_for_the_hub_package() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr

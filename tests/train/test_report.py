@@ -123,6 +123,7 @@ def test_steps_logged_twice_are_one_row(healthy: Path, tmp_path: Path) -> None:
     sink.close(0)
     run = read_run(tmp_path)
     assert run.step.tolist() == [1, 2] and run.logged("val/en")[1].tolist() == [1.0]
+    assert run.logged("train/loss")[1].tolist() == [3.0, 2.0]
     assert read_run(healthy).stages[1][0] == "extend_8x"
     assert read_run(healthy).tokens[-1] <= 360 * TOKENS_PER_STEP
 
