@@ -211,7 +211,8 @@ print(json.dumps(found))
 def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[str, Any]], tmp_path: Path) -> None:
     given = sources(tmp_path)
     good = (tmp_path / "en.jsonl").read_bytes()
-    (tmp_path / "latin.jsonl").write_bytes(good + b'{"id": "x", "text": "caf\xe9"}\n')
+    han = '{"id": "w", "text": "三国"}\n'.encode()
+    (tmp_path / "latin.jsonl").write_bytes(han + b'{"id": "x", "text": "caf\xe9"}\n')
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     (tmp_path / "broken.jsonl").write_bytes(good + b'{"id": "x", "text":\n')
     (tmp_path / "list.jsonl").write_bytes(b"[1]\n")
@@ -240,7 +241,7 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         return ["build", f"out={tmp_path / 'bad'}", f"sources.en.path={tmp_path / name}", zh]
 
     cases: list[tuple[int, str, list[str]]] = [
-        (65, f"latin.jsonl is not UTF-8: byte 0xe9 at offset {len(good) + 24}", source("latin.jsonl")),
+        (65, f"latin.jsonl is not UTF-8: byte 0xe9 at offset {len(han) + 24}", source("latin.jsonl")),
         (65, "no such file", source("nowhere.jsonl")),
         (65, "empty.jsonl holds no documents", source("empty.jsonl")),
         (65, "broken.jsonl line 91 is not JSON", source("broken.jsonl")),

@@ -28,6 +28,7 @@ def test_normalising_twice_changes_nothing() -> None:
 def test_language_by_script_then_by_model() -> None:
     assert language("滚滚长江东逝水，浪花淘尽英雄。") == "zh"
     assert language("安装 package 之后 run pip install -U foo 即可使用 the new version") == "zh"
+    assert language("運行 docker compose up 後再試一次") == "zh"
     assert language("これはペンです。日本語の文章です。") == "ja"
     assert language("In the beginning God created the heavens and the earth.") == "en"
     assert language("Am Anfang schuf Gott Himmel und Erde, und die Erde war wüst.") == "de"
