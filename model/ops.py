@@ -281,7 +281,7 @@ class _GroupedLinear(Function):
             return dw
 
         ops.store.put(weight, grad)
-        if check:
+        if check and kept_dy is not None:
             check(name, "dgrad", dx, lambda: grouped.dgrad(kept_dy, weight.detach(), counts, torch.float32))
         return dx, *nothing
 

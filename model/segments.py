@@ -119,7 +119,7 @@ class SegmentedLayer:
 
     def _run_experts(self, state: LayerState, received: Received, dtype: torch.dtype) -> torch.Tensor:
         rows, counts, box = received.rows, received.counts, state.box
-        entering = stand_in(*rows.shape, dtype) if isinstance(rows, Quantized) else rows
+        entering = stand_in(rows.rows, rows.columns, dtype) if isinstance(rows, Quantized) else rows
         assert received.weights_X is not None
         (out,) = state.experts.run(lambda x, w: self._experts(x, w, rows, counts, box), entering, received.weights_X)
         return out
@@ -178,7 +178,7 @@ class SegmentedLayer:
             grad = rows
             if isinstance(rows, Quantized):
                 state.box.value = rows
-                grad = stand_in(*rows.shape, dy.dtype)
+                grad = stand_in(rows.rows, rows.columns, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
             del rows, grad, combining
             yield "dispatch(B)"

@@ -97,18 +97,18 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
     if found:
         return found
     replicas = config.parallel.expert * config.parallel.data
-    for piece in stage.sequences:
-        per_pipeline, rest = divmod(int(piece.value), replicas * stage.micro_batch)
-        if rest or piece.value != int(piece.value):
+    for wanted in stage.sequences:
+        per_pipeline, rest = divmod(int(wanted.value), replicas * stage.micro_batch)
+        if rest or wanted.value != int(wanted.value):
             found.append(
-                f"{at}.sequences: found {piece.value}, allowed multiples of {replicas * stage.micro_batch} "
+                f"{at}.sequences: found {wanted.value}, allowed multiples of {replicas * stage.micro_batch} "
                 f"({replicas} replicas x micro-batches of {stage.micro_batch})"
             )
             continue
         try:
             build(config.parallel.schedule, config.parallel.pipeline, per_pipeline)
         except ValueError as error:
-            found.append(f"{at}.sequences: {piece.value:g} gives {per_pipeline} micro-batches per pipeline: {error}")
+            found.append(f"{at}.sequences: {wanted.value:g} gives {per_pipeline} micro-batches per pipeline: {error}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Executor:
             if t.send:
                 self._sending.append((t, work, tensor))
             else:
-                self._inbox[_key(t)] = Pending([_Guarded(self, t, work)], lambda tensor=tensor: tensor)
+                self._inbox[_key(t)] = Pending([_Guarded(self, t, work)], partial(_same, tensor))
 
     def _post_through(self, index: int) -> None:
         """Post every batch up to list position `index`, in order."""
@@ -204,6 +205,10 @@ class _Guarded:
         start = time.perf_counter()
         self.executor._guard(self.transfer, self.work)
         self.executor._waited += time.perf_counter() - start
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _first_line(error: BaseException) -> str:

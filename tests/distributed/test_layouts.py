@@ -1,4 +1,4 @@
-"""In float64 every layout gives the losses, gradient norms and gradients of plain autograd on one process, at every step."""
+"""In float64 every layout gives the losses, norms and gradients of plain autograd on one process, at every step."""
 
 from __future__ import annotations
 

@@ -178,6 +178,14 @@ def test_a_kill_at_any_system_call_leaves_the_last_good_one(tmp_path):
     assert died >= 6
 
 
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+    path = save(tmp_path, 8)
+    path.rename(tmp_path / f".{path.name}.replaced")
+    save(tmp_path, 12)
+    assert [p.name for p in list_steps(tmp_path)] == ["step-00000012", "step-00000008"]
+    Checkpoint(path).verify()
+
+
 @pytest.mark.parametrize("number", range(1, 6))
 def test_a_failing_disk_fails_the_save_and_leaves_nothing(tmp_path, monkeypatch, number):
     """EIO at the n-th fsync: the rank's file, state, manifest, the directory, the directory above."""
