@@ -42,13 +42,13 @@ def compose_dataclass(schema: type[T], config_name: str | None, overrides: Seque
         merged = OmegaConf.merge(OmegaConf.structured(schema), bare)
         OmegaConf.resolve(merged)
         filled = OmegaConf.to_object(merged)
-    except MissingConfigException:
-        names = sorted(path.stem for path in conf.glob("*.yaml"))
-        raise UsageError(f"no configuration '{config_name}' in {conf}: found {', '.join(names)}") from None
+    except MissingConfigException as error:
+        raise UsageError(_missing(error, config_name, conf)) from None
     except MissingMandatoryValue as error:
         raise UsageError(f"key '{error.full_key}' has no value; give it as {error.full_key}=VALUE") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, schema)) from None
+        groups = [path.name for path in conf.iterdir() if path.is_dir()]
+        raise UsageError(_explain(error, schema, groups)) from None
     except YAMLError as error:
         fault = f"{conf / f'{config_name}.yaml'}: {_yaml_fault(error)}"
         raise (DataError if "duplicate key" in fault else UsageError)(fault) from None
@@ -63,31 +63,59 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def schema_keys(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of every key of a dataclass; `*` stands for the free level of a dict of dataclasses."""
+    """Dotted names of every key of a dataclass; `*` stands for the free level of a dict or list of dataclasses."""
     keys = []
     hints = get_type_hints(schema)
     for item in fields(schema):
         keys.append(prefix + item.name)
         inner, level = hints[item.name], ""
-        if get_origin(inner) is dict:
-            inner, level = get_args(inner)[1], "*."
+        if get_origin(inner) in (dict, list):
+            inner, level = get_args(inner)[-1], "*."
         if is_dataclass(inner):
             keys += schema_keys(inner, f"{prefix}{item.name}.{level}")  # type: ignore[arg-type]
     return keys
 
 
-def _explain(error: Exception, schema: type) -> str:
+def _missing(error: MissingConfigException, config_name: str | None, conf: Path) -> str:
+    """A file or a choice of a group that does not exist: which group, what was given, what there is."""
+    given = str(error.missing_cfg_file or config_name)
+    group, _, choice = given.rpartition("/")
+    names = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    what = f"{group}={choice}: no such {group}" if group else f"no configuration '{choice}' in {conf}"
+    return f"{what}{nearest(choice, names)}; allowed: {', '.join(names)}"
+
+
+def _explain(error: Exception, schema: type, groups: Sequence[str]) -> str:
     key = _unknown_key(error)
     if key is None:
         return f"configuration: {_line(_root(error))}"
-    known = schema_keys(schema)
+    known = [*schema_keys(schema), *groups]
     parent, _, last = key.rpartition(".")
-    hint = nearest(key, known)
+    # An element of a list is merged on its own, so that its key comes without the list's name.
+    if not parent and (owner := re.search(r"not in '(\w+)'", str(_root(error)))) and owner[1] != schema.__name__:
+        parent = next((at for at, name in _places(schema) if name == owner[1]), "")
+        key = f"{parent}.{last}"
+    hint = "" if "*" in key else nearest(key, known)
     if not hint:
         hint = nearest(last, {name.rpartition(".")[2] for name in known})
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     allowed = f"; allowed here: {', '.join(siblings)}" if siblings and not hint else ""
     return f"unknown key '{key}'{hint}{allowed}"
+
+
+def _places(schema: type, prefix: str = "") -> list[tuple[str, str]]:
+    """(where, class name) of every dataclass that is an element of a list."""
+    found = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        inner, at = hints[item.name], prefix + item.name
+        if get_origin(inner) is list:
+            inner, at = get_args(inner)[0], f"{at}.*"
+            if is_dataclass(inner):
+                found.append((at, inner.__name__))  # type: ignore[union-attr]
+        if is_dataclass(inner):
+            found += _places(inner, f"{at}.")  # type: ignore[arg-type]
+    return found
 
 
 def _unknown_key(error: BaseException | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from omegaconf import OmegaConf
 
 from data.compose import compose_dataclass
 from data.errors import DataError
+from kernels.quantize import WIDTH_MULTIPLE
+from model.config import ModelConfig, config_problems
+from parallel.optimizer.config import DTYPES
 from parallel.schedule.registry import build
 from train.config import RunConfig, StageConfig
 from train.errors import ConfigError
@@ -39,19 +43,13 @@ def problems_of(config: RunConfig) -> list[str]:
     for key in ("pipeline", "expert", "data"):
         if getattr(p, key) < 1:
             found.append(f"parallel.{key}: found {getattr(p, key)}, allowed 1 or more")
+    found += config_problems(m)
     if found:
         return found
     if p.order not in ("default", "published"):
         found.append(f"parallel.order: found '{p.order}', allowed default, published")
     if m.num_routed_experts % p.expert:
         found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
-    if m.num_routed_experts % m.num_expert_groups:
-        found.append(
-            f"model.num_expert_groups: found {m.num_expert_groups}, allowed divisors of {m.num_routed_experts}"
-        )
-    elif m.experts_per_token > m.num_routed_experts // m.num_expert_groups * m.groups_per_token:
-        reachable = m.num_routed_experts // m.num_expert_groups * m.groups_per_token
-        found.append(f"model.experts_per_token: found {m.experts_per_token}, allowed at most {reachable}")
     if m.num_layers < p.pipeline:
         found.append(f"parallel.pipeline: found {p.pipeline}, allowed at most the model's {m.num_layers} layers")
     if p.layers_per_stage and (len(p.layers_per_stage) != p.pipeline or sum(p.layers_per_stage) != m.num_layers):
@@ -63,6 +61,25 @@ def problems_of(config: RunConfig) -> list[str]:
         found.append(f"precision.compute: found '{config.precision.compute}', allowed {', '.join(COMPUTE)}")
     if config.precision.fp8 and config.precision.compute != "bfloat16":
         found.append(f"precision.fp8: needs precision.compute bfloat16, found {config.precision.compute}")
+    for key in ("master_dtype", "moment_dtype", "accumulate_dtype"):
+        if getattr(config.optimizer, key) not in DTYPES:
+            value = getattr(config.optimizer, key)
+            found.append(f"optimizer.{key}: found '{value}', allowed {', '.join(DTYPES)}")
+    for key in ("eps", "weight_decay", "clip"):
+        if not 0 <= getattr(config.optimizer, key) < math.inf:
+            found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(config.optimizer, key) < 1:
+            found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 up to, but not, 1")
+    for key in ("every", "keep"):
+        if getattr(config.checkpoint, key) < 0:
+            found.append(f"checkpoint.{key}: found {getattr(config.checkpoint, key)}, allowed 0 or more")
+    if not p.timeout_seconds > 0:
+        found.append(f"parallel.timeout_seconds: found {p.timeout_seconds}, allowed above 0")
+    if not config.name or not all(part.strip(".") for part in config.name.split("/")):
+        found.append(f"name: found '{config.name}', allowed a directory name below root (no empty part, no '..')")
+    if config.precision.fp8:
+        found += _fp8_problems(m)
     if config.logging.wandb not in ("offline", "online", "disabled"):
         found.append(f"logging.wandb: found '{config.logging.wandb}', allowed offline, online, disabled")
     if config.resume not in ("auto", "never"):
@@ -75,6 +92,26 @@ def problems_of(config: RunConfig) -> list[str]:
     for i, stage in enumerate(config.stages):
         found += _stage_problems(config, stage, f"stages.{i}")
     return found
+
+
+def _fp8_problems(m: ModelConfig) -> list[str]:
+    """Each side of every linear layer that runs in FP8 is the reduced one of one of its three products."""
+    widths = {
+        "hidden_size": m.hidden_size,
+        "q_lora_rank": m.q_lora_rank,
+        "kv_lora_rank": m.kv_lora_rank,
+        "kv_lora_rank + qk_rope_head_dim": m.kv_lora_rank + m.qk_rope_head_dim,
+        "num_heads x (qk_nope_head_dim + qk_rope_head_dim)": m.num_heads * m.qk_head_dim,
+        "num_heads x (qk_nope_head_dim + v_head_dim)": m.num_heads * (m.qk_nope_head_dim + m.v_head_dim),
+        "num_heads x v_head_dim": m.num_heads * m.v_head_dim,
+        "intermediate_size": m.intermediate_size,
+        "moe_intermediate_size": m.moe_intermediate_size,
+    }
+    return [
+        f"model.{name}: found {width}, precision.fp8 allows multiples of {WIDTH_MULTIPLE}"
+        for name, width in widths.items()
+        if width % WIDTH_MULTIPLE
+    ]
 
 
 def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]:
