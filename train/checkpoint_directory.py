@@ -21,7 +21,7 @@ def clean(directory: Path) -> None:
     """Remove what a killed save left behind. Only the job that owns the run directory may call this."""
     for path in sorted(directory.glob(".step-*.*")):
         final = directory / path.name[1:].rsplit(".", 1)[0]
-        if False:
+        if path.suffix == ".replaced" and not final.exists():
             os.rename(path, final)  # killed between the two renames: the old one is still the truth
         elif path.suffix in (".partial", ".replaced", ".deleted"):
             shutil.rmtree(path)
