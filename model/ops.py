@@ -10,7 +10,7 @@ Shape letters: N tokens, K width in, O width out, X expanded rows, F expert widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,22 +37,27 @@ Check = Callable[[str, str, torch.Tensor, Callable[[], torch.Tensor]], None]
 @dataclass(frozen=True)
 class Input:
     """A linear's input: `rows` as its forward product takes it, `columns` what its weight gradient will use
-    (transposed FP8 tiles [K, N], or the plain [N, K] rows), `plain` the unquantised rows where they exist."""
+    (transposed FP8 tiles [K, N], or the plain [N, K] rows), `exact` the rows before any rounding to FP8, during an
+    audit only."""
 
     rows: Operand
     columns: Callable[[], Operand]
-    plain: Callable[[], torch.Tensor]
+    exact: torch.Tensor | None = None
 
 
 class Box:
-    """Where a gradient in FP8 waits for the linear whose output it belongs to (autograd carries an empty stand-in)."""
+    """Where a gradient in FP8 waits for the linear whose output it belongs to (autograd carries an empty stand-in).
+    `exact`: the gradient before its rounding, during an audit only."""
 
     def __init__(self) -> None:
-        self.value: Quantized | None = None
+        self._value: tuple[Quantized, torch.Tensor | None] | None = None
 
-    def take(self) -> Quantized | None:
-        value, self.value = self.value, None
-        return value
+    def put(self, value: Quantized, exact: torch.Tensor | None) -> None:
+        self._value = value, exact
+
+    def take(self) -> tuple[Quantized | None, torch.Tensor | None]:
+        value, self._value = self._value, None
+        return value or (None, None)
 
 
 def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -63,13 +68,20 @@ def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 class Ops:
     """The arithmetic of one rank: precision, store, and weights quantised once per step.
 
-    check: when set, called as check(name, kind, result, unquantised) for every FP8 product.
+    check: when set, called as check(name, kind, result, unquantised) for every FP8 product; `unquantised` computes it
+    from operands that never were in FP8. To have them, inputs are kept as they were and dispatched rows cross a second
+    time in plain form: for single steps, and on all ranks at once.
     """
 
     def __init__(self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float) -> None:
         self.store, self.dtype, self.fp8, self.eps = store, dtype, fp8, eps
         self.check: Check | None = None
         self._weights: dict[nn.Parameter, Quantized] = {}
+
+    @property
+    def auditing(self) -> bool:
+        """Whether unquantised operands are to be kept for `check`."""
+        return self.fp8 and self.check is not None
 
     def new_step(self) -> None:
         """The weights have changed: quantise them again on first use."""
@@ -80,7 +92,9 @@ class Ops:
         if not self.fp8:
             return parameter.detach()
         if parameter not in self._weights:
-            self._weights[parameter] = quantize_blocks(parameter.detach())
+            blocks = quantize_blocks(parameter.detach())
+            # A CPU multiplies in FP32: there the widened numbers serve all products of the step.
+            self._weights[parameter] = blocks.remember() if blocks.device.type == "cpu" else blocks
         return self._weights[parameter]
 
     # Inputs ---------------------------------------------------------------------------------------------------------
@@ -88,22 +102,22 @@ class Ops:
     def recomputed(self, x: torch.Tensor, again: Callable[[], torch.Tensor], counts: list[int] | None = None) -> Input:
         """`x` is not kept: `again` gives it once more for the weight gradient."""
         if not self.fp8:
-            return Input(x.detach(), again, again)
-        return Input(quantize_rows(x.detach()), Cell(lambda: quantize_columns(again(), counts=counts)), again)
+            return Input(x.detach(), again)
+        columns = Cell(lambda: quantize_columns(again(), counts=counts))
+        return Input(quantize_rows(x.detach()), columns, x.detach() if self.auditing else None)
 
-    def dispatched(self, rows: Operand, counts: list[int]) -> Input:
+    def dispatched(self, rows: Operand, counts: list[int], exact: torch.Tensor | None) -> Input:
         """Rows as they came over the wire: power-of-two scales, kept as they are."""
         if isinstance(rows, Quantized):
-            columns = Cell(lambda: requantize_columns(rows, power_of_two=True, counts=counts))
-            return Input(rows, columns, lambda: dequantize(rows))
-        return Input(rows, lambda: rows, lambda: rows)
+            return Input(rows, Cell(lambda: requantize_columns(rows, power_of_two=True, counts=counts)), exact)
+        return Input(rows, lambda: rows)
 
     def attention_output(self, kept: Kept, x: torch.Tensor) -> Input:
         """Input of the output projection: power-of-two scales, kept as E5M6 (V3 section 3.3.3)."""
         if not self.fp8:
-            return Input(x.detach(), kept, kept)
-        rows = quantize_rows(x.detach(), power_of_two=True)
-        return Input(rows, Cell(lambda: quantize_columns(kept(), power_of_two=True)), kept)
+            return Input(x.detach(), kept)
+        columns = Cell(lambda: quantize_columns(kept(), power_of_two=True))
+        return Input(quantize_rows(x.detach(), power_of_two=True), columns, x.detach() if self.auditing else None)
 
     def payload(self, x: torch.Tensor) -> Operand:
         """What is dispatched: FP8 rows with power-of-two scales, or the rows."""
@@ -115,30 +129,32 @@ class Ops:
         """[N, K] x [O, K]^T -> [N, O]."""
         w = self.weight(weight)
         y = gemm.fprop(given.rows, w, self.dtype, name=name)
-        if self.check and self.fp8:
-            self.check(name, "fprop", y, lambda: gemm.fprop(given.plain(), weight.detach(), torch.float32))
+        if self.check and given.exact is not None:
+            exact = given.exact
+            self.check(name, "fprop", y, lambda: gemm.fprop(exact, weight.detach(), torch.float32))
         return y
 
     def multiply_backward(self, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
         """dX of `multiply`; its dW goes to the store."""
         dy = dy.detach().contiguous()
-        columns, plain, check = given.columns, given.plain, self.check if self.fp8 else None
+        columns, exact = given.columns, given.exact
         if not self.fp8:
             self.store.put(weight, lambda: gemm.wgrad(dy, columns(), name=name))
             return gemm.dgrad(dy, weight.detach(), self.dtype, name=name)
         dy_columns = quantize_columns(dy)
         dx = gemm.dgrad(quantize_rows(dy), self.weight(weight), self.dtype, name=name)
-        kept_dy = dy if check else None
+        if self.check is None or exact is None:
+            self.store.put(weight, lambda: gemm.wgrad(dy_columns, columns(), name=name))
+            return dx
+        check = self.check
+        check(name, "dgrad", dx, lambda: gemm.dgrad(dy, weight.detach(), torch.float32))
 
         def grad() -> torch.Tensor:
             dw = gemm.wgrad(dy_columns, columns(), name=name)
-            if check and kept_dy is not None:
-                check(name, "wgrad", dw, lambda: gemm.wgrad(kept_dy, plain()))
+            check(name, "wgrad", dw, lambda: gemm.wgrad(dy, exact))
             return dw
 
         self.store.put(weight, grad)
-        if check:
-            check(name, "dgrad", dx, lambda: gemm.dgrad(dy, weight.detach(), torch.float32))
         return dx
 
     # Autograd entry points ------------------------------------------------------------------------------------------
@@ -205,10 +221,14 @@ class Kept:
         return e5m6.decode(self._value, self._dtype)
 
 
+# In place of rows that the forward product has used: they must not live on until the backward.
+_USED = torch.empty(0)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, given: Input, ops: Ops, name: str) -> torch.Tensor:
-        ctx.kept = weight, Input(None, given.columns, given.plain), ops, name  # type: ignore[arg-type]
+        ctx.kept = weight, replace(given, rows=_USED), ops, name
         return ops.multiply(given, weight, name)
 
     @staticmethod
@@ -247,42 +267,40 @@ class _GroupedLinear(Function):
         name: str,
         box: Box | None,
     ) -> torch.Tensor:
-        ctx.kept = weight, given.columns, given.plain, counts, ops, name, box
+        exact = given.exact
+        ctx.kept = weight, given.columns, exact, counts, ops, name, box
         y = grouped.fprop(given.rows, ops.weight(weight), counts, ops.dtype, name=name)
-        if ops.check and ops.fp8:
-            plain = given.plain
-            ops.check(name, "fprop", y, lambda: grouped.fprop(plain(), weight.detach(), counts, torch.float32))
+        if ops.check and exact is not None:
+            ops.check(name, "fprop", y, lambda: grouped.fprop(exact, weight.detach(), counts, torch.float32))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        weight, columns, plain, counts, ops, name, box = ctx.kept
-        arrived = box.take() if box is not None else None
+        weight, columns, exact, counts, ops, name, box = ctx.kept
+        arrived, exact_dy = box.take() if box is not None else (None, None)
         dy = grads[0].detach()
         nothing = (None,) * 6
         if not ops.fp8:
             dy = dy.contiguous()
             ops.store.put(weight, lambda: grouped.wgrad(dy, columns(), counts, name=name))
             return grouped.dgrad(dy, weight.detach(), counts, ops.dtype, name=name), *nothing
-        rows = arrived if arrived is not None else quantize_rows(dy)
-        dy_columns = (
-            requantize_columns(arrived, power_of_two=True, counts=counts)
-            if arrived is not None
-            else quantize_columns(dy, counts=counts)
-        )
+        if arrived is not None:
+            rows, dy_columns = arrived, requantize_columns(arrived, power_of_two=True, counts=counts)
+        else:
+            rows, dy_columns, exact_dy = quantize_rows(dy), quantize_columns(dy, counts=counts), dy
         dx = grouped.dgrad(rows, ops.weight(weight), counts, ops.dtype, name=name)
         check = ops.check
-        kept_dy = (dequantize(arrived) if arrived is not None else dy) if check else None
+        if check is None or exact is None or exact_dy is None:
+            ops.store.put(weight, lambda: grouped.wgrad(dy_columns, columns(), counts, name=name))
+            return dx, *nothing
+        check(name, "dgrad", dx, lambda: grouped.dgrad(exact_dy, weight.detach(), counts, torch.float32))
 
         def grad() -> torch.Tensor:
             dw = grouped.wgrad(dy_columns, columns(), counts, name=name)
-            if check and kept_dy is not None:
-                check(name, "wgrad", dw, lambda: grouped.wgrad(kept_dy, plain(), counts))
+            check(name, "wgrad", dw, lambda: grouped.wgrad(exact_dy, exact, counts))
             return dw
 
         ops.store.put(weight, grad)
-        if check and kept_dy is not None:
-            check(name, "dgrad", dx, lambda: grouped.dgrad(kept_dy, weight.detach(), counts, torch.float32))
         return dx, *nothing
 
 

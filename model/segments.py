@@ -108,21 +108,28 @@ class SegmentedLayer:
         return (ops.linear(inner, module.down, ops.recomputed(inner, again), f"{name}.down"),)
 
     def _experts(
-        self, x: torch.Tensor, weights_X: torch.Tensor, rows: torch.Tensor | Quantized, counts: list[int], box: Box
+        self, x: torch.Tensor, weights_X: torch.Tensor, received: Received, exact: torch.Tensor | None, box: Box
     ) -> tuple[torch.Tensor]:
         """Routed experts on their rows, each output already times its router weight."""
-        module, ops, name = self.layer.experts, self.ops, f"{self.name}.experts"
-        gate_up = ops.grouped_linear(x, module.gate_up, ops.dispatched(rows, counts), counts, f"{name}.gate_up")
+        module, ops, name, counts = self.layer.experts, self.ops, f"{self.name}.experts", received.counts
+        rows = ops.dispatched(received.rows, counts, exact)
+        gate_up = ops.grouped_linear(x, module.gate_up, rows, counts, f"{name}.gate_up")
         inner, again = ops.swiglu(gate_up, weights_X)
         given = ops.recomputed(inner, again, counts)
         return (ops.grouped_linear(inner, module.down, given, counts, f"{name}.down", box),)
 
-    def _run_experts(self, state: LayerState, received: Received, dtype: torch.dtype) -> torch.Tensor:
-        rows, counts, box = received.rows, received.counts, state.box
+    def _run_experts(
+        self, state: LayerState, received: Received, exact: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        rows, box = received.rows, state.box
         entering = stand_in(rows.rows, rows.columns, dtype) if isinstance(rows, Quantized) else rows
         assert received.weights_X is not None
-        (out,) = state.experts.run(lambda x, w: self._experts(x, w, rows, counts, box), entering, received.weights_X)
+        (out,) = state.experts.run(lambda x, w: self._experts(x, w, received, exact, box), entering, received.weights_X)
         return out
+
+    def _exact_rows(self, state: LayerState, rows: torch.Tensor) -> Pending[Received] | None:
+        """The same rows sent in plain form, as an audit's yardstick; after the scatter it belongs to."""
+        return self.dispatcher.scatter(state.route, rows) if self.dispatcher and self.ops.auditing else None
 
     # Programs -------------------------------------------------------------------------------------------------------
 
@@ -146,12 +153,14 @@ class SegmentedLayer:
         state.expert_index_NK = None
         yield "dispatch(F)"
         moving = dispatcher.scatter(state.route, self.ops.payload(n), weights_NK)
+        exact = self._exact_rows(state, n)
         yield "mlp(F)"
         # The shared expert needs no token of other ranks: it runs before the wait.
         (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
-        expert_out = self._run_experts(state, moving.wait(), n.dtype)
+        received = moving.wait()
+        expert_out = self._run_experts(state, received, exact.wait().rows if exact else None, n.dtype)
         residual = h + y
-        del n, y, h, outputs
+        del n, y, h, outputs, received, exact
         yield "combine(F)"
         combining = dispatcher.gather(state.route, expert_out)
         del expert_out
@@ -169,6 +178,7 @@ class SegmentedLayer:
             assert dispatcher is not None
             yield "combine(B)"
             combining = dispatcher.scatter(state.route, ops.payload(dy))
+            exact = self._exact_rows(state, dy)
         yield "mlp(B)"
         (dn,) = state.mlp.backward(store, dy)
         moving: Any = None
@@ -177,10 +187,10 @@ class SegmentedLayer:
             rows = combining.wait().rows
             grad = rows
             if isinstance(rows, Quantized):
-                state.box.value = rows
+                state.box.put(rows, exact.wait().rows if exact else None)
                 grad = stand_in(rows.rows, rows.columns, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
-            del rows, grad, combining
+            del rows, grad, combining, exact
             yield "dispatch(B)"
             moving = dispatcher.gather(state.route, drows, dweights_X)
             del drows

@@ -51,6 +51,9 @@ class Trainer:
             rank,
             len(self.sources),
         )
+        moe = range(config.model.first_dense_layers, config.model.num_layers + config.model.mtp_depth)
+        # MTP layers are numbered on from the main model's, as in the released weights.
+        self._layers = tuple(moe)
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
         self.state = RunState()
         self._restore()
@@ -215,7 +218,7 @@ class Trainer:
             if counts.sources.get(name):
                 values[f"train/loss/{name}"] = total / counts.sources[name]
         self.metrics.log(state.step, state.tokens, values)
-        self.metrics.expert_load(state.step, dict(enumerate(load_LE.astype(int).tolist())))
+        self.metrics.expert_load(state.step, dict(zip(self._layers, load_LE.astype(int).tolist(), strict=True)))
         self._status("running")
 
     def _status(self, word: str) -> None:

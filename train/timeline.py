@@ -54,7 +54,8 @@ def timeline(table: Table, measured: list[Measured]) -> dict[str, list[dict[str,
         parts = (action.forward, action.backward) if isinstance(action, Pair) else (action,)
         scheduled += [_entry(timed.rank, part, timed.start, timed.end) for part in parts]
     begin = min(action.start for action in measured)
-    ran = [asdict(m) | {"start": m.start - begin, "end": m.end - begin} for m in measured]
+    # An action waits for its receive before anything else: the wait is idle time, not part of its bar.
+    ran = [asdict(m) | {"start": m.start + m.waited - begin, "end": m.end - begin} for m in measured]
     return {"scheduled": scheduled, "measured": ran}
 
 
