@@ -6,10 +6,17 @@ torch's object collectives would do the same through pickle, which has no place 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from data.errors import DataError
+from train.checkpoint_format import CheckpointError
+from train.errors import AgreedError, RunError
+
+T = TypeVar("T")
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -30,3 +37,19 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     dist.all_gather(received, padded, group=group)
     texts = [bytes(row[: int(size)].cpu().numpy()) for row, size in zip(received, sizes, strict=True)]
     return [json.loads(found) for found in texts]
+
+
+def together(work: Callable[[], T]) -> T:
+    """work() of this rank. AgreedError on every rank if it failed on any, so that none is left waiting for another:
+    each different message once, with the exit code of the first rank that failed. Collective."""
+    failure: RunError | DataError | CheckpointError | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except (RunError, DataError, CheckpointError) as error:
+        failure = error
+    found = gather_json([str(failure), failure.exit_code] if failure else None)
+    failed = [entry for entry in found if entry is not None]
+    if failed:
+        raise AgreedError("; ".join(dict.fromkeys(line for line, _ in failed)), failed[0][1]) from failure
+    return result  # type: ignore[return-value]

@@ -21,6 +21,20 @@ class BusyError(RunError):
     exit_code = 76
 
 
+class CannotWriteError(RunError):
+    """The run directory cannot be made or written."""
+
+    exit_code = 73
+
+
+class AgreedError(RunError):
+    """What at least one rank found wrong, raised by all of them together with the code of the first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NumericError(RunError):
     """Too many steps in a row without a finite gradient."""
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
-from train.agree import gather_json
+from train.agree import gather_json, together
 from train.compose import config_digest, config_json
 from train.config import RunConfig, StageConfig
 from train.engine import Engine, StepPlan, StepResult
-from train.errors import ConfigError, NumericError
+from train.errors import PREEMPTED, ConfigError, NumericError
 from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
 from train.run_checkpoints import RunCheckpoints, restore
 from train.rundir import RunDirectory
@@ -75,7 +76,7 @@ class Trainer:
             raise ConfigError(f"configuration: ranks were started with different ones: {sorted(set(digests))}")
 
     def _source_names(self) -> tuple[str, ...]:
-        return self._open(self.config.stages[0], {}).source_names
+        return together(lambda: self._open(self.config.stages[0], {})).source_names
 
     def _open(self, stage: StageConfig, started: dict[str, int]) -> Stream:
         stream = open_stream(
@@ -99,7 +100,7 @@ class Trainer:
     def _restore(self) -> None:
         latest = None
         if self.config.resume == "auto":
-            latest, refused = self.checkpoints.latest([stage.name for stage in self.config.stages])
+            latest, refused = together(lambda: self.checkpoints.latest([s.name for s in self.config.stages]))
             for line in refused if self.rank == 0 else []:
                 print(f"bireme: warning: {line}", file=sys.stderr, flush=True)
         if latest is None:
@@ -125,10 +126,11 @@ class Trainer:
     def run(self) -> None:
         """Train every stage that is left."""
         state = self.state
+        self._status("starting")
         self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=self.config.parallel.world_size)
         while state.stage < len(self.config.stages):
             stage = self.config.stages[state.stage]
-            stream = self._open(stage, state.started)
+            stream = together(partial(self._open, stage, state.started))
             if state.stream and state.stream.get("stage") == stage.name:
                 stream.resume(StreamState(**state.stream))
             self.metrics.event("stage", name=stage.name, step=state.step, length=stage.length)
@@ -138,7 +140,7 @@ class Trainer:
                 self._step(stage, stream)
                 self._after_step(stream)
             self._end_stage(stage, stream)
-        self._status("done")
+        self._status("done", exit_code=0)
 
     def _end_stage(self, stage: StageConfig, stream: Stream) -> None:
         """Save with the state already at the beginning of the next stage."""
@@ -149,11 +151,12 @@ class Trainer:
 
     def _after_step(self, stream: Stream) -> None:
         every, state = self.config.checkpoint.every, self.state
-        stop, save = gather_json(self.directory.requests() if self.rank == 0 else (False, False))[0]
+        requests = gather_json(self.directory.requests())
+        stop, save = (any(asked) for asked in zip(*requests, strict=True))
         if stop or save or (every and state.step % every == 0):
             self._save(stream.state(state.sample))
         if stop:
-            self._status("preempted")
+            self._status("preempted", exit_code=PREEMPTED)
             raise Preempted(f"stopped on request after step {state.step}; a checkpoint is saved")
 
     def _step(self, stage: StageConfig, stream: Stream) -> None:
@@ -221,9 +224,14 @@ class Trainer:
         self.metrics.expert_load(state.step, dict(zip(self._layers, load_LE.astype(int).tolist(), strict=True)))
         self._status("running")
 
-    def _status(self, word: str) -> None:
+    def _status(self, word: str, **fields: object) -> None:
         if self.rank == 0:
-            write_status(self.directory.path, word, step=self.state.step, tokens=self.state.tokens)
+            write_status(self.directory.path, word, step=self.state.step, tokens=self.state.tokens, **fields)
+
+    def failed(self, exit_code: int, reason: str) -> None:
+        """Note the end of a run that did not finish."""
+        self._status("failed", exit_code=exit_code, reason=reason)
+        self.metrics.event("failed", step=self.state.step, exit_code=exit_code, reason=reason)
 
     def _timeline(self, micro_batches: int, result: StepResult) -> None:
         """Of the pipeline of replica 0, for the report."""

@@ -4,11 +4,15 @@ good."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
 from parallel.optimizer.config import OptimizerConfig, dtype_of
+from train.agree import together
 from train.checkpoint import Checkpoint, find_latest, save_checkpoint
+from train.checkpoint_format import CheckpointError
 from train.engine import Engine
 
 ROLLING, STAGES = "checkpoints", "stages"
@@ -54,6 +58,22 @@ def restore(checkpoint: Checkpoint, engine: Engine, optimizer: OptimizerConfig) 
     moment = dtype_of(optimizer.moment_dtype)
     kinds = {"master": dtype_of(optimizer.master_dtype), "exp_avg": moment, "exp_avg_sq": moment}
     biases = {name: tuple(bias.shape) for name, bias in engine.model.router_biases().items()}
-    checkpoint.require(engine.optimizer.shapes(), biases, kinds)
+
+    def fits() -> None:
+        try:
+            checkpoint.require(engine.optimizer.shapes(), biases, kinds)
+        except CheckpointError as error:
+            raise CheckpointError(f"{_differences(checkpoint, engine.config)}{error}") from None
+
+    together(fits)
     engine.optimizer.load_shards(checkpoint.read)
     engine.load_biases(checkpoint.extra)
+
+
+def _differences(checkpoint: Checkpoint, model: ModelConfig) -> str:
+    """The model's keys that explain a mismatch of tensors."""
+    saved = checkpoint.state.get("config", {}).get("model", {})
+    mine = asdict(model)
+    keys = [key for key in mine if key != "name" and key in saved and saved[key] != mine[key]]
+    said = ", ".join(f"model.{key} is {saved[key]} in the checkpoint and {mine[key]} here" for key in keys)
+    return f"{said}: " if said else ""

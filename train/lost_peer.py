@@ -1,0 +1,28 @@
+"""What a rank says when another one died or fell silent: communication errors told from all others, as one line."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from parallel.pipeline.executor import PeerLost
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """One line when `error` comes from the network or a peer (which action, or else which file and function waited);
+    None for any other error. gloo raises plain RuntimeError: its texts begin with a source file of its own."""
+    if isinstance(error, PeerLost):
+        return str(error)
+    text = str(error).strip()
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
+        return None
+    where = "starting the process group"
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts and path.name != "__main__.py":
+            where = f"{frame.name} ({path.relative_to(REPOSITORY)})"
+    return f"{where} lost a peer: {text.splitlines()[0] if text else type(error).__name__}"
