@@ -30,7 +30,7 @@ step 5 "Evaluate on held-out documents"
 python -m train.evaluate "$run"
 
 step 6 "Export to a Hugging Face folder"
-python -m train.export "$run"
+python -m train.export "$run" --replace --check
 
 step 7 "Continue a prompt in each language"
 python -m train.generate "$run/export" --prompt "It was a bright morning, and"

@@ -100,8 +100,9 @@ class Trainer:
     def _restore(self) -> None:
         latest = None
         if self.config.resume == "auto":
-            latest, refused = together(lambda: self.checkpoints.latest([s.name for s in self.config.stages]))
-            for line in refused if self.rank == 0 else []:
+            found = together(lambda: self.checkpoints.latest([s.name for s in self.config.stages]))
+            latest = found.checkpoint
+            for line in found.refused if self.rank == 0 else []:
                 print(f"bireme: warning: {line}", file=sys.stderr, flush=True)
         if latest is None:
             self.engine.initialize(self.config.seed)

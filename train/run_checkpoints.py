@@ -11,7 +11,7 @@ from typing import Any
 from model.config import ModelConfig
 from parallel.optimizer.config import OptimizerConfig, dtype_of
 from train.agree import together
-from train.checkpoint import Checkpoint, find_latest, save_checkpoint
+from train.checkpoint import Checkpoint, Latest, find_latest, save_checkpoint
 from train.checkpoint_format import CheckpointError
 from train.engine import Engine
 
@@ -40,17 +40,9 @@ class RunCheckpoints:
             keep=1 if stage else self.keep,
         )
 
-    def latest(self, stages: list[str]) -> tuple[Checkpoint | None, list[str]]:
-        """The newest good checkpoint and why newer ones of its directory were refused; at one step a stage's end wins
-        over a rolling one."""
-        best: Checkpoint | None = None
-        refused: list[str] = []
-        for directory in (self.run / ROLLING, *(self.stage_directory(name) for name in ("initial", *stages))):
-            found = find_latest(directory)
-            refused += found.refused
-            if found.checkpoint is not None and (best is None or found.checkpoint.step >= best.step):
-                best = found.checkpoint
-        return best, refused
+    def latest(self, stages: list[str]) -> Latest:
+        """The newest good checkpoint, if any, and why newer ones were refused; at one step a stage's end wins."""
+        return find_latest([self.run / ROLLING, *(self.stage_directory(name) for name in ("initial", *stages))])
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, optimizer: OptimizerConfig) -> None:
