@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 run=runs/demo
 processes=4
 cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1)) # per process: never more threads than cores
+export OMP_NUM_THREADS=$cores
 
 step() { # number, what
   printf '\n[%s/8] %s (%d min %02d s so far)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60))
@@ -24,7 +24,8 @@ step 3 "Clean, deduplicate, tokenise"
 python -m data build
 
 step 4 "Train: pretraining, then two context extensions, on $processes processes"
-torchrun --standalone --nproc-per-node "$processes" -m train experiment=demo
+# Never more threads than cores in all.
+OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1)) torchrun --standalone --nproc-per-node "$processes" -m train experiment=demo
 
 step 5 "Evaluate on held-out documents"
 python -m train.evaluate "$run"

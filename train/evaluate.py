@@ -74,12 +74,14 @@ def evaluate(run: Path, console: Console) -> dict[str, Any]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("evaluating", total=len(jobs))
         loaded: tuple[str, Transformer, Rotary] | None = None
+        blind: dict[tuple[str, str], float] = {}
         for end, language, context in jobs:
             if loaded is None or loaded[0] != end.name:
                 loaded = (end.name, *load_model(end, config))
             tokens_N, content_N, size = heldout[language]
             bits = total_bits(loaded[1], loaded[2], tokens_N, content_N, context)
-            blind = total_bits(loaded[1], loaded[2], tokens_N, content_N, 1)
+            if (end.name, language) not in blind:
+                blind[end.name, language] = total_bits(loaded[1], loaded[2], tokens_N, content_N, 1)
             rows.append(
                 {
                     "checkpoint": end.path.name,
@@ -87,7 +89,7 @@ def evaluate(run: Path, console: Console) -> dict[str, Any]:
                     "language": language,
                     "context": context,
                     "bits_per_byte": bits / size,
-                    "one_token_bits_per_byte": blind / size,
+                    "one_token_bits_per_byte": blind[end.name, language] / size,
                 }
             )
             progress.advance(task)
