@@ -17,6 +17,7 @@ from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
+from parallel.schedule.simulator import simulate
 from train.agree import gather_json, together
 from train.compose import config_digest, config_json
 from train.config import RunConfig, StageConfig
@@ -57,6 +58,7 @@ class Trainer:
         self._layers = tuple(moe)
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
         self.state = RunState()
+        self._announced: set[int] = set()
         self._restore()
         self.metrics: RunMetrics = open_metrics(
             directory.path,
@@ -176,6 +178,7 @@ class Trainer:
         batches = {key: stream.read(samples) for key, samples in order.items()}
         waited = time.perf_counter() - begin
         micro_batches = sequences // (self.engine.topology.replicas * stage.micro_batch)
+        self._announce(micro_batches)
         result = self.engine.step(batches, micro_batches, plan)
         state.step += 1
         state.stage_step += 1
@@ -224,6 +227,18 @@ class Trainer:
         self.metrics.log(state.step, state.tokens, values)
         self.metrics.expert_load(state.step, dict(zip(self._layers, load_LE.astype(int).tolist(), strict=True)))
         self._status("running")
+
+    def _announce(self, micro_batches: int) -> None:
+        """Say once for each number of micro-batches what its schedule costs, at unit costs (F 1, B 2, W 1, F&B 3)."""
+        if self.rank != 0 or micro_batches in self._announced:
+            return
+        self._announced.add(micro_batches)
+        table = self.engine.table(micro_batches)
+        simulation = simulate(table)
+        bubble = max(simulation.bubble(rank) for rank in range(table.ranks)) / simulation.makespan
+        self.metrics.event(
+            "schedule", name=table.name, ranks=table.ranks, micro_batches=micro_batches, bubble=f"{bubble:.1%}"
+        )
 
     def _status(self, word: str, **fields: object) -> None:
         if self.rank == 0:
