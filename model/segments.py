@@ -127,9 +127,12 @@ class SegmentedLayer:
         (out,) = state.experts.run(lambda x, w: self._experts(x, w, received, exact, box), entering, received.weights_X)
         return out
 
-    def _exact_rows(self, state: LayerState, rows: torch.Tensor) -> Pending[Received] | None:
-        """The same rows sent in plain form, as an audit's yardstick; after the scatter it belongs to."""
-        return self.dispatcher.scatter(state.route, rows) if self.dispatcher and self.ops.auditing else None
+    def _exact_rows(self, state: LayerState, rows: torch.Tensor) -> Pending[torch.Tensor] | None:
+        """The same rows sent in plain form, as an audit's yardstick; waited for after the scatter they belong to."""
+        if self.dispatcher is None or not self.ops.auditing:
+            return None
+        moving = self.dispatcher.scatter(state.route, rows)
+        return Pending((), lambda: moving.wait().rows)
 
     # Programs -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ class SegmentedLayer:
         # The shared expert needs no token of other ranks: it runs before the wait.
         (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
         received = moving.wait()
-        expert_out = self._run_experts(state, received, exact.wait().rows if exact else None, n.dtype)
+        expert_out = self._run_experts(state, received, exact.wait() if exact else None, n.dtype)
         residual = h + y
         del n, y, h, outputs, received, exact
         yield "combine(F)"
@@ -187,7 +190,7 @@ class SegmentedLayer:
             rows = combining.wait().rows
             grad = rows
             if isinstance(rows, Quantized):
-                state.box.put(rows, exact.wait().rows if exact else None)
+                state.box.put(rows, exact.wait() if exact else None)
                 grad = stand_in(rows.rows, rows.columns, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
             del rows, grad, combining, exact
