@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def lost_peer(error: BaseException) -> str | None:
     """One line when `error` comes from the network or a peer (which action, or else which file and function waited);
     None for any other error. gloo raises plain RuntimeError: its texts begin with a source file of its own."""
     if isinstance(error, PeerLost):
-        return str(error)
+        return _plain(str(error))
     text = str(error).strip()
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
         return None
@@ -25,4 +26,10 @@ def lost_peer(error: BaseException) -> str | None:
         path = Path(frame.filename)
         if path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts and path.name != "__main__.py":
             where = f"{frame.name} ({path.relative_to(REPOSITORY)})"
-    return f"{where} lost a peer: {text.splitlines()[0] if text else type(error).__name__}"
+    return f"{where} lost a peer: {_plain(text) or type(error).__name__}"
+
+
+def _plain(text: str) -> str:
+    """The first line without gloo's own source file before it and its general advice after it."""
+    first = text.splitlines()[0] if text else ""
+    return re.sub(r"\[\S+\.cc:\d+\] ", "", first).partition(" This is typically")[0]
