@@ -56,7 +56,7 @@ class Received:
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8).reshape(len(x), -1)
+    return x.contiguous().view(torch.uint8).flatten(1)
 
 
 class _Packer:
@@ -70,7 +70,9 @@ class _Packer:
         out, at = [], 0
         for dtype, shape in self.forms:
             width = shape.numel() * dtype.itemsize
-            column = packed[:, at : at + width].contiguous()
+            column = packed[:, at : at + width]
+            # One row, or none, is contiguous where it lies, but may lie off its dtype's alignment: always copied.
+            column = column.clone(memory_format=torch.contiguous_format) if at else column.contiguous()
             out.append(column.view(dtype).reshape(len(packed), *shape))
             at += width
         return out
