@@ -95,10 +95,14 @@ def _explain(error: Exception, schema: type, groups: Sequence[str]) -> str:
     if not parent and (owner := re.search(r"not in '(\w+)'", str(_root(error)))) and owner[1] != schema.__name__:
         parent = next((at for at, name in _places(schema) if name == owner[1]), "")
         key = f"{parent}.{last}"
-    hint = "" if "*" in key else nearest(key, known)
-    if not hint:
-        hint = nearest(last, {name.rpartition(".")[2] for name in known})
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    if close:
+        hint = f"; did you mean '{key.removesuffix(last)}{close[0]}'?"
+    elif siblings and parent:
+        hint = nearest(last, {name.rpartition(".")[2] for name in known})
+    else:
+        hint = nearest(key, known) or nearest(last, {name.rpartition(".")[2] for name in known})
     allowed = f"; allowed here: {', '.join(siblings)}" if siblings and not hint else ""
     return f"unknown key '{key}'{hint}{allowed}"
 
