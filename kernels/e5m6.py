@@ -36,7 +36,7 @@ class E5M6:
 
 
 def encode(x_MK: Tensor) -> E5M6:
-    """[M, K] of any float dtype (first rounded to FP32) -> codes; scale = 2^ceil(log2(max(amax, 1e-4) / 65024))."""
+    """[M, K] of any float dtype (first rounded to FP32) -> codes; scale = 2^ceil(log2(max(amax, 2^-100) / 65024))."""
     if x_MK.ndim != 2 or not x_MK.is_floating_point():
         raise ValueError(f"E5M6 encode: {x_MK.dtype} of shape {tuple(x_MK.shape)}; allowed is a float matrix")
     values = x_MK.contiguous().to(torch.float32)

@@ -1,7 +1,7 @@
 """Block-scaled FP8 (E4M3), DeepSeek-V3 section 3.3: 1x128 tiles for activations, 128x128 blocks for weights.
 
 Shapes: M tokens (rows), K and N features, E experts, P rows of all groups with each group padded to a multiple of
-128. A stored number is `round(x * (1 / scale))`, to nearest, ties to even, with `scale = max(amax, 1e-4) / 448` in
+128. A stored number is `round(x * (1 / scale))`, to nearest, ties to even, with `scale = max(amax, 2^-100) / 448` in
 FP32, or the next power of two. Nothing overflows: amax maps to 448. Inputs of any float dtype are first rounded to
 FP32, the precision of the scales.
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 TILE = 128
-AMAX_FLOOR = 1e-4
+# Keeps scales and their reciprocals normal numbers, and nothing more. DeepSeek's published activation quantiser has
+# 1e-4: most gradients lie under it when the loss is a mean over a few thousand tokens, and at V3's 63 million a step
+# they would all become zero.
+AMAX_FLOOR = 2.0**-100
 
 
 def tile_count(length: int, tile: int) -> int:
@@ -51,7 +54,7 @@ def ceil_power_of_two(scale: Tensor) -> Tensor:
 
 
 def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float, power_of_two: bool) -> Tensor:
-    """FP32 scales [..., tiles of R, tiles of C]: max(amax, 1e-4) / largest, rounded up to a power of two when asked.
+    """FP32 scales [..., tiles of R, tiles of C]: max(amax, 2^-100) / largest, rounded up to a power of two when asked.
 
     A NaN or infinity in a tile makes its scale NaN or infinite: it cannot be lost on the way.
     """
@@ -63,7 +66,7 @@ def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float,
 
 
 def scales_from_amax(amax: Tensor, largest: float, power_of_two: bool) -> Tensor:
-    """max(amax, 1e-4) / largest, rounded up to a power of two when asked; overwrites `amax`."""
+    """max(amax, 2^-100) / largest, rounded up to a power of two when asked; overwrites `amax`."""
     scale = amax.clamp_(min=AMAX_FLOOR).div_(largest)
     return ceil_power_of_two(scale) if power_of_two else scale
 

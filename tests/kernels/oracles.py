@@ -51,7 +51,7 @@ def quantize_tiles(
         for j in range(scales.shape[1]):
             where = np.s_[i * row_tile : (i + 1) * row_tile, j * column_tile : (j + 1) * column_tile]
             tile = x[where].astype(np.float32)
-            scale = np.maximum(np.abs(tile).max(), np.float32(1e-4)) / np.float32(448)
+            scale = np.maximum(np.abs(tile).max(), np.float32(2.0**-100)) / np.float32(448)
             if power_of_two:
                 mantissa, exponent = math.frexp(scale)
                 scale = np.float32(math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent))
