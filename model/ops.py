@@ -31,7 +31,8 @@ from model.recompute import Cell
 from parallel.pipeline.store import WeightGradStore
 
 Operand = torch.Tensor | Quantized
-Check = Callable[[str, str, torch.Tensor, Callable[[], torch.Tensor]], None]
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
+Check = Callable[[str, str, torch.Tensor, Callable[[Elementwise], torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 class Ops:
     """The arithmetic of one rank: precision, store, and weights quantised once per step.
 
-    check: when set, called as check(name, kind, result, unquantised) for every FP8 product; `unquantised` computes it
-    from operands that never were in FP8. To have them, inputs are kept as they were and dispatched rows cross a second
-    time in plain form: for single steps, and on all ranks at once.
+    check: when set, called as check(name, kind, result, unquantised) for every FP8 product; `unquantised(f)` computes
+    it from f of operands that never were in FP8. To have them, inputs are kept as they were and dispatched rows cross a
+    second time in plain form: for single steps, and on all ranks at once.
     """
 
     def __init__(self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float) -> None:
@@ -131,7 +132,7 @@ class Ops:
         y = gemm.fprop(given.rows, w, self.dtype, name=name)
         if self.check and given.exact is not None:
             exact = given.exact
-            self.check(name, "fprop", y, lambda: gemm.fprop(exact, weight.detach(), torch.float32))
+            self.check(name, "fprop", y, lambda f: gemm.fprop(f(exact), f(weight.detach()), torch.float32))
         return y
 
     def multiply_backward(self, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
@@ -147,11 +148,11 @@ class Ops:
             self.store.put(weight, lambda: gemm.wgrad(dy_columns, columns(), name=name))
             return dx
         check = self.check
-        check(name, "dgrad", dx, lambda: gemm.dgrad(dy, weight.detach(), torch.float32))
+        check(name, "dgrad", dx, lambda f: gemm.dgrad(f(dy), f(weight.detach()), torch.float32))
 
         def grad() -> torch.Tensor:
             dw = gemm.wgrad(dy_columns, columns(), name=name)
-            check(name, "wgrad", dw, lambda: gemm.wgrad(dy, exact))
+            check(name, "wgrad", dw, lambda f: gemm.wgrad(f(dy), f(exact)))
             return dw
 
         self.store.put(weight, grad)
@@ -271,7 +272,7 @@ class _GroupedLinear(Function):
         ctx.kept = weight, given.columns, exact, counts, ops, name, box
         y = grouped.fprop(given.rows, ops.weight(weight), counts, ops.dtype, name=name)
         if ops.check and exact is not None:
-            ops.check(name, "fprop", y, lambda: grouped.fprop(exact, weight.detach(), counts, torch.float32))
+            ops.check(name, "fprop", y, lambda f: grouped.fprop(f(exact), f(weight.detach()), counts, torch.float32))
         return y
 
     @staticmethod
@@ -293,11 +294,11 @@ class _GroupedLinear(Function):
         if check is None or exact is None or exact_dy is None:
             ops.store.put(weight, lambda: grouped.wgrad(dy_columns, columns(), counts, name=name))
             return dx, *nothing
-        check(name, "dgrad", dx, lambda: grouped.dgrad(exact_dy, weight.detach(), counts, torch.float32))
+        check(name, "dgrad", dx, lambda f: grouped.dgrad(f(exact_dy), f(weight.detach()), counts, torch.float32))
 
         def grad() -> torch.Tensor:
             dw = grouped.wgrad(dy_columns, columns(), counts, name=name)
-            check(name, "wgrad", dw, lambda: grouped.wgrad(exact_dy, exact, counts))
+            check(name, "wgrad", dw, lambda f: grouped.wgrad(f(exact_dy), f(exact), counts))
             return dw
 
         ops.store.put(weight, grad)
@@ -373,7 +374,7 @@ class HeadLoss(Function):
     ) -> torch.Tensor:
         high = torch.promote_types(n.dtype, torch.float32)
         logits = gemm.fprop(n.detach(), head.detach(), high, name=name)
-        token_losses, gradient = cross_entropy_and_gradient(logits, labels_N, scale)
+        token_losses, gradient = cross_entropy_and_gradient(logits, labels_N, scale, in_place=True)
         dlogits = gradient.to(n.dtype)
         losses.append(token_losses)
         ctx.kept = dlogits, head, again, ops, name

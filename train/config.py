@@ -81,12 +81,13 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     """wandb: `offline`, `online` or `disabled`. timeline_step: step of each stage whose pipeline is recorded for the
-    report."""
+    report. audit_step: step of the first stage whose products are recorded in audit.json (0: none)."""
 
     wandb: str = "offline"
     project: str = "bireme"
     console: bool = True
     timeline_step: int = 5
+    audit_step: int = 0
 
 
 @dataclass

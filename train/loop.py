@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
 from parallel.schedule.simulator import simulate
 from train.agree import gather_json, together
+from train.audit import StepAudit, write_audit
 from train.compose import config_digest, config_json
 from train.config import RunConfig, StageConfig
 from train.engine import Engine, StepPlan, StepResult
@@ -179,7 +181,10 @@ class Trainer:
         waited = time.perf_counter() - begin
         micro_batches = sequences // (self.engine.topology.replicas * stage.micro_batch)
         self._announce(micro_batches)
-        result = self.engine.step(batches, micro_batches, plan)
+        audited = state.stage == 0 and state.stage_step + 1 == self.config.logging.audit_step
+        audit = StepAudit(self.engine.ops) if audited else None
+        with audit.watching() if audit else nullcontext():
+            result = self.engine.step(batches, micro_batches, plan)
         state.step += 1
         state.stage_step += 1
         state.tokens += counts.tokens
@@ -190,6 +195,8 @@ class Trainer:
         self._report(plan, counts, result, time.perf_counter() - begin, waited, sequences)
         if state.stage_step == self.config.logging.timeline_step:
             self._timeline(micro_batches, result)
+        if audit is not None:
+            write_audit(self.directory.path / "audit.json", state.step, audit, self.rank)
         if state.bad_steps >= MAX_BAD_STEPS:
             raise NumericError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row had a gradient that is not finite")
 
