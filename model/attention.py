@@ -14,6 +14,8 @@ from model.config import ModelConfig
 from model.norm import promoted, rms_norm
 from model.rope import apply_rope
 
+QUERY_BLOCK = 512
+
 
 class LatentCache:
     """What decoding keeps of one layer: normalised latents [B, S, L] and rotated shared keys [B, S, R], nothing per
@@ -38,12 +40,20 @@ def causal_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v with the last query at the last key; softmax in promoted precision. Returns [B, H, T,
     C].
+
+    Queries go in blocks, each against the keys up to its own last one, so that long texts do not need T x S scores at
+    once.
     """
     T, S = query_BHTx.shape[-2], key_BHSx.shape[-2]
-    score_BHTS = (query_BHTx @ key_BHSx.transpose(-1, -2)).to(promoted(query_BHTx.dtype)) * softmax_scale
-    future_TS = torch.ones(T, S, dtype=torch.bool, device=score_BHTS.device).triu(S - T + 1)
-    probability_BHTS = score_BHTS.masked_fill(future_TS, float("-inf")).softmax(-1)
-    return probability_BHTS.to(value_BHSC.dtype) @ value_BHSC
+    blocks = []
+    for first in range(0, T, QUERY_BLOCK):
+        query = query_BHTx[..., first : first + QUERY_BLOCK, :]
+        seen = S - T + first + query.shape[-2]
+        score = (query @ key_BHSx[..., :seen, :].transpose(-1, -2)).to(promoted(query.dtype)) * softmax_scale
+        future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(S - T + first + 1)
+        probability = score.masked_fill(future, float("-inf")).softmax(-1)
+        blocks.append(probability.to(value_BHSC.dtype) @ value_BHSC[..., :seen, :])
+    return torch.cat(blocks, dim=-2)
 
 
 class Attention(nn.Module):

@@ -32,7 +32,8 @@ from train.errors import RunError
 from train.metrics import write_text_atomically
 from train.reading import load_model, read_config, stage_ends
 
-TOKENS_AT_ONCE = 4096
+# A few MB of logits: larger temporaries cost more in page faults than they save in calls.
+TOKENS_AT_ONCE = 1024
 
 
 def windows(tokens_N: np.ndarray, content_N: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
