@@ -131,7 +131,8 @@ class _LatentAttention(Function):
     ) -> torch.Tensor:
         q_latent, kv_latent = q_latent.detach(), kv_latent.detach()
         out, statistics = core.forward(q_latent, kv_latent)
-        keeps.append(core.ops.keep_attention_output(out))
+        # Detached: what this node returns will point back to the node, which keeps it, and neither would be freed.
+        keeps.append(core.ops.keep_attention_output(out.detach()))
         ctx.kept = q_latent, kv_latent, core, keeps[-1], statistics
         return out
 
