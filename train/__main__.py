@@ -92,13 +92,14 @@ class _Rank:
         refused = gather_json(failure.exit_code if failure else 0)[0]
         if refused:
             return _say(self.rank, failure, refused)
-        assert self.directory is not None
+        directory = self.directory
+        assert directory is not None
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: self.directory and self.directory.ask_to_stop())
+            signal.signal(number, lambda *_: directory.ask_to_stop())
         code = 0
         try:
-            self.trainer = Trainer(self.config, self.rank, self.directory)
-            together(lambda: self.directory and self.directory.write("config.yaml", config_yaml(self.config)))
+            self.trainer = Trainer(self.config, self.rank, directory)
+            together(lambda: directory.write("config.yaml", config_yaml(self.config)))
             self.trainer.run()
         except Preempted as stop:
             code = _say(self.rank, stop, PREEMPTED)
@@ -107,7 +108,7 @@ class _Rank:
             self._note_failure(code, str(error))
         if self.trainer is not None:
             self.trainer.close(code)
-        self.directory.close()
+        directory.close()
         return code
 
     def _note_failure(self, code: int, line: str) -> None:
