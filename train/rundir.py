@@ -13,6 +13,7 @@ from train.errors import BusyError, CannotWriteError
 from train.metrics import write_text_atomically
 
 STOP, SAVE, LOCK = "STOP", "SAVE", "lock"
+OWN = ("config.yaml", "status.json", "metrics*.jsonl", "load*.jsonl", "timeline*.json")  # written by the job alone
 
 
 class RunDirectory:
@@ -42,6 +43,9 @@ class RunDirectory:
         self._lock = descriptor
         for name in (STOP, SAVE):  # what an earlier job was asked and did not live to do
             (path / name).unlink(missing_ok=True)
+        for pattern in OWN:  # what an earlier job was writing when it was killed
+            for file in path.glob(f"{pattern}.tmp-*"):
+                file.unlink(missing_ok=True)
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) asked of this rank: by a signal, and of rank 0 by the files STOP and SAVE, which are removed."""

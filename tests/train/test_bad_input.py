@@ -160,9 +160,11 @@ def test_second_job_and_checkpoint_of_another_model(refused: Refused, tmp_path: 
 
 def test_stop_and_save_requests(tmp_path: Path) -> None:
     """Files ask rank 0, signals any rank; a request is met once; what an earlier job left is not a request."""
-    (tmp_path / "STOP").touch()
+    for left in ("STOP", "status.json.tmp-12", "metrics.replaced-1.jsonl.tmp-12", "report.html.tmp-12"):
+        (tmp_path / left).touch()
     first, second = RunDirectory(tmp_path, 0), RunDirectory(tmp_path, 1)
     assert first.requests() == (False, False)
+    assert {path.name for path in tree(tmp_path)} == {"lock", "report.html.tmp-12"}  # the page is another's work
     (tmp_path / "SAVE").touch()
     assert second.requests() == (False, False)
     assert first.requests() == (False, True)
