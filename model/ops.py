@@ -66,6 +66,11 @@ def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros((), dtype=dtype).expand(rows, width)
 
 
+def _remembered(q: Quantized) -> Quantized:
+    """A CPU multiplies in FP32: there the widened numbers serve all products that `q` enters."""
+    return q.remember() if q.device.type == "cpu" else q
+
+
 class Ops:
     """The arithmetic of one rank: precision, store, and weights quantised once per step.
 
@@ -93,9 +98,7 @@ class Ops:
         if not self.fp8:
             return parameter.detach()
         if parameter not in self._weights:
-            blocks = quantize_blocks(parameter.detach())
-            # A CPU multiplies in FP32: there the widened numbers serve all products of the step.
-            self._weights[parameter] = blocks.remember() if blocks.device.type == "cpu" else blocks
+            self._weights[parameter] = _remembered(quantize_blocks(parameter.detach()))
         return self._weights[parameter]
 
     # Inputs ---------------------------------------------------------------------------------------------------------
@@ -104,8 +107,9 @@ class Ops:
         """`x` is not kept: `again` gives it once more for the weight gradient."""
         if not self.fp8:
             return Input(x.detach(), again)
-        columns = Cell(lambda: quantize_columns(again(), counts=counts))
-        return Input(quantize_rows(x.detach()), columns, x.detach() if self.auditing else None)
+        # Remembered for the two down-projections of attention, which share their input.
+        columns = Cell(lambda: _remembered(quantize_columns(again(), counts=counts)))
+        return Input(_remembered(quantize_rows(x.detach())), columns, x.detach() if self.auditing else None)
 
     def dispatched(self, rows: Operand, counts: list[int], exact: torch.Tensor | None) -> Input:
         """Rows as they came over the wire: power-of-two scales, kept as they are."""
@@ -142,8 +146,9 @@ class Ops:
         if not self.fp8:
             self.store.put(weight, lambda: gemm.wgrad(dy, columns(), name=name))
             return gemm.dgrad(dy, weight.detach(), self.dtype, name=name)
-        dy_columns = quantize_columns(dy)
-        dx = gemm.dgrad(quantize_rows(dy), self.weight(weight), self.dtype, name=name)
+        wide = dy.to(torch.float32)
+        dy_columns = quantize_columns(wide)
+        dx = gemm.dgrad(quantize_rows(wide), self.weight(weight), self.dtype, name=name)
         if self.check is None or exact is None:
             self.store.put(weight, lambda: gemm.wgrad(dy_columns, columns(), name=name))
             return dx

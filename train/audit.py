@@ -30,7 +30,8 @@ from kernels.observe import Operand, OperandRecord, observing
 from kernels.quantize import E4M3_MAX, ROW_TILE, Quantized
 from kernels.tiles import TILE
 from model.ops import Elementwise, Ops
-from train.agree import gather_json
+from train.agree import gather_json, together
+from train.errors import CannotWriteError
 
 KINDS = ("fprop", "dgrad", "wgrad")
 HOMES = frozenset(("kernels.gemm", "kernels.grouped", "kernels.attention"))
@@ -199,6 +200,11 @@ class _OutsideProducts(TorchDispatchMode):
         super().__init__()
         self.found = found
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and torch's guard against it would import its compiler: seconds, and more per call.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
             place = _place_outside()
@@ -236,19 +242,26 @@ def merge(parts: Iterable[dict[str, Any]]) -> tuple[list[AuditRow], Counter[str]
 
 
 def write_audit(path: Path, step: int, audit: StepAudit, rank: int) -> None:
-    """Gather every rank's part and write them from rank 0 as JSON, whole or not at all; collective. Raises OSError."""
+    """Gather every rank's part and write them from rank 0 as JSON, whole or not at all; collective. Raises AgreedError
+    on every rank when the file cannot be written."""
     parts = gather_json(audit.found())
-    if rank != 0:
-        return
+    together(lambda: _write(path, step, parts) if rank == 0 else None)
+
+
+def _write(path: Path, step: int, parts: list[dict[str, Any]]) -> None:
     rows, outside = merge(parts)
     plain = [{key: value for key, value in asdict(row).items() if key != "squares"} for row in rows]
     document = {"step": step, "ranks": len(parts), "rows": plain, "outside": dict(outside)}
     partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            json.dump(document, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CannotWriteError(f"{path}: the audit cannot be written: {error.strerror}") from None
 
 
 def _least_peak(q: Quantized) -> float:
