@@ -7,6 +7,7 @@ left, so no padding enters a maximum. Each tile has one FP32 scale with `value =
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ def tile_count(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
+@lru_cache(4096)
 def _spans(length: int, tile: int) -> list[tuple[slice, slice, int]]:
     """(elements, tiles, tile length) of the whole tiles, then of the edge tile."""
     whole = length // tile
@@ -37,13 +39,14 @@ def tiled(matrix: Tensor, scale: Tensor, row_tile: int, column_tile: int) -> Ite
 
     matrix [..., R, C], scale [..., tiles of R, tiles of C] -> pairs ([..., a, row_tile, b, column_tile], [..., a, b]).
     """
-    for rows, scale_rows, row_length in _spans(matrix.shape[-2], row_tile):
-        for columns, scale_columns, column_length in _spans(matrix.shape[-1], column_tile):
-            region = matrix[..., rows, columns]
-            yield (
-                region.unflatten(-1, (-1, column_length)).unflatten(-3, (-1, row_length)),
-                scale[..., scale_rows, scale_columns],
-            )
+    lead = matrix.shape[:-2]
+    row_spans, column_spans = _spans(matrix.shape[-2], row_tile), _spans(matrix.shape[-1], column_tile)
+    for rows, scale_rows, row_length in row_spans:
+        for columns, scale_columns, column_length in column_spans:
+            region, scales = matrix, scale
+            if len(row_spans) + len(column_spans) > 2:
+                region, scales = matrix[..., rows, columns], scale[..., scale_rows, scale_columns]
+            yield region.view(*lead, scales.shape[-2], row_length, scales.shape[-1], column_length), scales
 
 
 def ceil_power_of_two(scale: Tensor) -> Tensor:
