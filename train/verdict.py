@@ -20,6 +20,7 @@ SPIKE = 6.0  # robust standard deviations above the median of the window before
 SPIKE_WINDOW = 64
 MAX_VIO_WARN, MAX_VIO_BAD = 1.0, 3.0  # busiest expert at twice, at four times the mean
 DEAD_SHARE = 0.05  # an expert below this share of the mean load is dead
+LONG_WARN, LONG_BAD = 0.02, 0.1  # bits per byte at the longest context above those at the shortest
 CONTEXT_USE = 0.05  # a model must be this much better with its context than with one token
 
 
@@ -184,7 +185,7 @@ def long_context(run: RunRecord) -> Check:
         f"{far.bits_per_byte:.2f} at {far.context:,}"
         for language, near, far, _ in changes
     )
-    grade = Grade.GOOD if worst <= 0 else Grade.WARN if worst <= 0.05 else Grade.BAD
+    grade = Grade.GOOD if worst <= LONG_WARN else Grade.WARN if worst <= LONG_BAD else Grade.BAD
     return Check(title, grade, f"{worst:+.1%} bits", text + ".")
 
 
