@@ -31,8 +31,7 @@ TakeBag = Callable[[Bag], None]
 
 @dataclass
 class ChunkContext:
-    """What every layer needs of a chunk. real_N: False on padding. balance_scale: alpha / sequences of the step.
-    training False: nothing is counted."""
+    """What every layer needs of a chunk. real_N: False on padding. balance_scale: alpha / sequences of the step."""
 
     geometry: Geometry
     real_N: torch.Tensor
