@@ -45,10 +45,13 @@ def export(run: Path, out: Path, stage: str | None, dtype: torch.dtype, replace:
 @torch.no_grad()
 def logit_difference(folder: Path, tokens: int = 256) -> float:
     """Largest absolute difference between Bireme's logits and those of `transformers` for the folder, in float32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
     from train.generate import load_folder
 
+    # It would report the MTP layer's tensors as unexpected: it keeps them aside, as it does with the released weights.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, rotary, _ = load_folder(folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     text = torch.randint(0, model.config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
