@@ -21,7 +21,6 @@ setup(
         "tokenizers",
         "transformers>=5.3,<6",
         "wandb",
-        "polars",
         "xxhash",
         "scipy",
         "matplotlib",

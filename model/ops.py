@@ -196,7 +196,8 @@ class Ops:
     def swiglu(
         self, gate_up: torch.Tensor, row_weight: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-        """silu(gate) * up (times the router weight); its input is cached in FP8, its value computed again."""
+        """silu(gate) * up (times the router weight); its input is cached in FP8 (the paper
+        says so of MoE; here dense layers do the same), its value computed again."""
         kept = self.keep(gate_up.detach())
         w = None if row_weight is None else row_weight.detach()
         again = Cell(lambda: swiglu.swiglu(kept(), w))

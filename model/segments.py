@@ -59,7 +59,7 @@ class SegmentedLayer:
         self.layer, self.name, self.ops, self.dispatcher = layer, name, ops, dispatcher
         self.config = layer.config
         self.load_E = torch.zeros(self.config.num_routed_experts, dtype=torch.int64) if layer.moe else None
-        self.balance = 0.0
+        self.balance: torch.Tensor | float = 0.0
 
     def new_step(self) -> None:
         """Start counting afresh."""
@@ -150,7 +150,7 @@ class SegmentedLayer:
         assert self.dispatcher is not None
         dispatcher = self.dispatcher
         weights_NK = outputs[2]
-        self.balance += float(outputs[3])
+        self.balance = self.balance + outputs[3]
         state.route = dispatcher.plan(state.expert_index_NK)  # type: ignore[arg-type]
         state.expert_index_NK = None
         yield "dispatch(F)"

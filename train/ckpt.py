@@ -6,12 +6,11 @@ manifests only; `verify` hashes every file. The last line is one JSON object. Ex
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -21,14 +20,7 @@ from rich.text import Text
 from train.checkpoint import Checkpoint
 from train.checkpoint_directory import list_steps
 from train.checkpoint_format import CheckpointError
-
-USAGE = 64
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(USAGE, f"{self.prog}: {message}\n")
+from train.command import USAGE, CommandParser
 
 
 def find_all(directory: Path) -> list[Path]:
@@ -57,7 +49,7 @@ def examine(path: Path, whole: bool) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    parser = _Parser(prog="python -m train.ckpt", description="List or verify the checkpoints of a run.")
+    parser = CommandParser(prog="python -m train.ckpt", description="List or verify the checkpoints of a run.")
     parser.add_argument("command", choices=("ls", "verify"))
     parser.add_argument("directory", type=Path)
     options = parser.parse_args(arguments)

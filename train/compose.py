@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,12 @@ def problems_of(config: RunConfig) -> list[str]:
         if getattr(config.optimizer, key) not in DTYPES:
             value = getattr(config.optimizer, key)
             found.append(f"optimizer.{key}: found '{value}', allowed {', '.join(DTYPES)}")
+    if config.optimizer.master_dtype == "bfloat16":
+        found.append("optimizer.master_dtype: found 'bfloat16', allowed float32, float64")
+    if m.v_head_dim > m.qk_head_dim:
+        found.append(f"model.v_head_dim: found {m.v_head_dim}, allowed at most the query's {m.qk_head_dim}")
+    if m.first_dense_layers >= m.num_layers and not m.mtp_depth:
+        found.append(f"model.first_dense_layers: found {m.first_dense_layers}, at least one layer must have experts")
     for key in ("eps", "weight_decay", "clip"):
         if not 0 <= getattr(config.optimizer, key) < math.inf:
             found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 or more")
@@ -89,6 +96,9 @@ def problems_of(config: RunConfig) -> list[str]:
     names = [stage.name for stage in config.stages]
     if len(set(names)) != len(names):
         found.append(f"stages: names must differ, found {names}")
+    for name in names:
+        if name == "initial" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            found.append(f"stages: name '{name}', allowed letters, digits, _ and -, and not 'initial'")
     for i, stage in enumerate(config.stages):
         found += _stage_problems(config, stage, f"stages.{i}")
     return found

@@ -52,7 +52,7 @@ class StepPlan:
 class StepResult:
     """Reduced over all ranks, the same on every one. Losses are means over their labels, in natural logarithm.
 
-    sources: main loss summed and labels counted are the caller's business: here the sums by source index. load_LE: real
+    source_sums: the main loss summed over each source's labels (their counts are the stream's to say). load_LE: real
     tokens sent to each expert, MoE layer by MoE layer.
     """
 
@@ -212,7 +212,7 @@ class Engine:
                 sums[0] += losses.main_B.sum().to(sums.dtype)
                 sums[2 : 2 + depths] += losses.mtp_D.to(sums.dtype)
                 sums[2 + depths :].index_add_(0, losses.source_B, losses.main_B.to(sums.dtype))
-        sums[1] = sum(segmented.balance for segmented in self.model.segmented.values())
+        sums[1] = sum(float(segmented.balance) for segmented in self.model.segmented.values())
         if self.topology.world_size > 1:
             dist.all_reduce(sums)
         values = sums.tolist()

@@ -10,7 +10,6 @@ Shape letters: W windows, T context length, N tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -24,11 +23,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.baselines import baselines, heldout_languages, heldout_tokens
-from data.errors import DataError
 from model.rope import Rotary
 from model.transformer import IGNORE, Transformer
-from train.checkpoint import CheckpointError
-from train.errors import RunError
+from train.command import CommandParser, run_command
 from train.metrics import write_text_atomically
 from train.reading import load_model, read_config, stage_ends
 
@@ -112,19 +109,18 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="python -m train.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory, such as runs/demo")
     given = parser.parse_args(arguments)
     console = Console()
-    try:
+
+    def action() -> None:
         result = evaluate(given.run, console)
-    except (RunError, DataError, CheckpointError) as error:
-        print(f"bireme: {error}", file=sys.stderr)
-        return error.exit_code
-    write_text_atomically(given.run / "evaluation.json", json.dumps(result, indent=1) + "\n")
-    console.print(_table(result))
-    print(json.dumps({"command": "evaluate", **result}))
-    return 0
+        write_text_atomically(given.run / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        console.print(_table(result))
+        print(json.dumps({"command": "evaluate", **result}))
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

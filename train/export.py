@@ -7,7 +7,6 @@ JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,31 +14,46 @@ from pathlib import Path
 
 import torch
 
-from data.errors import DataError
 from model.huggingface import export_model
 from parallel.optimizer.config import DTYPES, dtype_of
-from train.checkpoint import CheckpointError
-from train.errors import ConfigError, RunError
+from train.command import CommandParser, run_command
+from train.errors import ConfigError, NumericError
 from train.reading import CheckpointReader, read_config, stage_ends
 
+LARGEST_DIFFERENCE = 1e-4  # of float32 logits
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(run: Path, out: Path, stage: str | None, dtype: torch.dtype, replace: bool) -> dict[str, object]:
-    """Write the folder; what was exported, for people and scripts."""
+    """Write the folder; what was exported, for people and scripts. `replace`: an earlier export there makes way, once
+    the new one is complete."""
     config = read_config(run)
     ends = stage_ends(run, config)
     names = [end.name for end in ends]
-    if replace and (out / "config.json").is_file():
-        shutil.rmtree(out)
     if stage is not None and stage not in names:
         raise ConfigError(f"--stage: found '{stage}', this run holds {', '.join(names)}")
     end = ends[names.index(stage)] if stage else ends[-1]
     reader = CheckpointReader(end.path, config)
     directory = Path(config.data.directory)
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    export_model(out, config.model, reader, length=end.length, dtype=dtype, tokenizer_files=files)
+    earlier = replace and out.exists()
+    if earlier and not _is_export(out):
+        raise ConfigError(f"--replace: {out} is not an exported model; it stays as it is")
+    target = out.with_name(f"{out.name}.new") if earlier else out
+    export_model(target, config.model, reader, length=end.length, dtype=dtype, tokenizer_files=files)
+    if earlier:
+        shutil.rmtree(out)
+        target.rename(out)
     return {"stage": end.name, "checkpoint": str(end.path), "length": end.length, "folder": str(out)}
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds what `export` writes."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return values.get("model_type") == "deepseek_v3" and any(folder.glob("model*.safetensors*"))
 
 
 @torch.no_grad()
@@ -60,7 +74,7 @@ def logit_difference(folder: Path, tokens: int = 256) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.export", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="python -m train.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory, such as runs/demo")
     parser.add_argument("--out", type=Path, help="folder to make (default: RUN_DIR/export)")
     parser.add_argument("--stage", help="whose end to export (default: the last one)")
@@ -68,17 +82,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--replace", action="store_true", help="remove an earlier export of that name first")
     parser.add_argument("--check", action="store_true", help="open it with transformers and compare logits in float32")
     given = parser.parse_args(arguments)
-    try:
+
+    def action() -> None:
         done = export(given.run, given.out or given.run / "export", given.stage, dtype_of(given.dtype), given.replace)
-    except (RunError, DataError, CheckpointError) as error:
-        print(f"bireme: {error}", file=sys.stderr)
-        return error.exit_code
-    if given.check:
-        done["logit_difference"] = logit_difference(Path(str(done["folder"])))
-        print(f"largest logit difference to transformers: {done['logit_difference']:.1e}")
-    print(f"exported the end of stage {done['stage']} to {done['folder']}")
-    print(json.dumps({"command": "export", **done}))
-    return 0
+        print(f"exported the end of stage {done['stage']} to {done['folder']}")
+        if given.check:
+            difference = logit_difference(Path(str(done["folder"])))
+            print(f"largest logit difference to transformers: {difference:.1e}")
+            if not difference < LARGEST_DIFFERENCE:
+                raise NumericError(f"--check: logits differ by {difference:.1e}, allowed {LARGEST_DIFFERENCE:.0e}")
+            done["logit_difference"] = difference
+        print(json.dumps({"command": "export", **done}))
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ JSON object."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,11 +10,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from data.tokenizer import BOS_ID, EOS_ID, decode, encode, load_tokenizer
 from model.generate import generate
-from model.huggingface import CheckpointError, ReleasedFolder
+from model.huggingface import ReleasedFolder
 from model.names import load_canonical
 from model.rope import Rotary
 from model.transformer import Transformer
+from train.command import CommandParser, run_command
 from train.errors import ConfigError
 
 
@@ -26,32 +27,29 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Transformer, Rotary, 
     released = ReleasedFolder(folder)
     model = Transformer(released.config, dtype, device="meta").to_empty(device="cpu")
     load_canonical(model, released.read)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: the export has no tokenizer.json")
-    return model.eval(), Rotary(released.config, released.length), Tokenizer.from_file(str(path))
+    return model.eval(), Rotary(released.config, released.length), load_tokenizer(folder)
 
 
 def continue_prompt(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The continuation's text. temperature 0: the likeliest token each time."""
     model, rotary, tokenizer = load_folder(folder, torch.float32)
-    encoded = [0, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    (content,) = encode(tokenizer, [prompt])
     generator = torch.Generator().manual_seed(seed)
     made = generate(
         model,
-        encoded,
+        [BOS_ID, *content],
         rotary=rotary,
         max_new_tokens=tokens,
         temperature=temperature,
-        stop_ids=(1,),
+        stop_ids=(EOS_ID,),
         vocabulary=tokenizer.get_vocab_size(),
         generator=generator,
     )
-    return tokenizer.decode(list(made))
+    return decode(tokenizer, list(made))
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.generate", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="python -m train.generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="an exported folder, such as runs/demo/export")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokens", type=int, default=60)
@@ -59,16 +57,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.tokens < 1 or given.temperature < 0:
-        print("bireme: --tokens must be at least 1 and --temperature at least 0", file=sys.stderr)
-        return 64
-    try:
+        parser.error("--tokens must be at least 1 and --temperature at least 0")
+
+    def action() -> None:
         text = continue_prompt(given.folder, given.prompt, given.tokens, given.temperature, given.seed)
-    except (ConfigError, CheckpointError) as error:
-        print(f"bireme: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{given.prompt}|{text}")
-    print(json.dumps({"command": "generate", "prompt": given.prompt, "continuation": text}, ensure_ascii=False))
-    return 0
+        print(f"{given.prompt}|{text}")
+        print(json.dumps({"command": "generate", "prompt": given.prompt, "continuation": text}, ensure_ascii=False))
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ class Trainer:
             raise ConfigError(f"configuration: ranks were started with different ones: {sorted(set(digests))}")
 
     def _source_names(self) -> tuple[str, ...]:
-        return together(lambda: self._open(self.config.stages[0], {})).source_names
+        return together(lambda: self._open(self.config.stages[0], {}, verify=self.rank == 0)).source_names
 
-    def _open(self, stage: StageConfig, started: dict[str, int]) -> Stream:
+    def _open(self, stage: StageConfig, started: dict[str, int], verify: bool = False) -> Stream:
+        """verify: every byte of the corpus, once, by one rank; otherwise names and sizes."""
         stream = open_stream(
             self.config.data.directory,
             stage.length,
@@ -91,6 +92,7 @@ class Trainer:
             stage=stage.name,
             weights=self.config.data.weights or None,
             start_blocks=started,
+            verify=verify,
         )
         if stream.manifest.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
@@ -108,6 +110,9 @@ class Trainer:
             latest = found.checkpoint
             for line in found.refused if self.rank == 0 else []:
                 print(f"bireme: warning: {line}", file=sys.stderr, flush=True)
+        later = together(lambda: self._set_aside(latest.step if latest else 0))
+        for path in later:
+            print(f"bireme: warning: {path} is of a later step than this run starts from; set aside", file=sys.stderr)
         if latest is None:
             self.engine.initialize(self.config.seed)
             self.state.tracker_id = str(gather_json(new_tracker_id())[0])
@@ -115,6 +120,27 @@ class Trainer:
         restore(latest, self.engine, self.config.optimizer)
         self.state = RunState.from_json(latest.state["run"])
         self.engine.optimizer.updates = self.state.updates
+
+    def _set_aside(self, step: int) -> list[Path]:
+        return self.checkpoints.rewind(step) if self.rank == 0 else []
+
+    def _check_stream(self, stage: StageConfig, stream: Stream) -> None:
+        """The data and the seed are the ones the run began with, and the stage is the one it stopped in."""
+        state = self.state
+        if not state.stream:
+            return
+        saved, now = StreamState(**state.stream), stream.state(state.sample)
+        if saved.stage == stage.name:
+            stream.resume(saved)
+        elif state.sample:
+            raise ConfigError(
+                f"stages.{state.stage}.name: found '{stage.name}', the run stopped within '{saved.stage}'"
+            )
+        elif (saved.manifest_digest, saved.seed) != (now.manifest_digest, now.seed):
+            raise ConfigError(
+                f"data or seed: the run began with manifest {saved.manifest_digest} and seed {saved.seed}, found "
+                f"{now.manifest_digest} and {now.seed}"
+            )
 
     def _save(self, position: StreamState, stage: str | None = None) -> None:
         """A checkpoint of the state as it is now. stage: the end of that stage, kept for good."""
@@ -136,8 +162,7 @@ class Trainer:
         while state.stage < len(self.config.stages):
             stage = self.config.stages[state.stage]
             stream = together(partial(self._open, stage, state.started))
-            if state.stream and state.stream.get("stage") == stage.name:
-                stream.resume(StreamState(**state.stream))
+            together(partial(self._check_stream, stage, stream))
             self.metrics.event("stage", name=stage.name, step=state.step, length=stage.length)
             if state.step == 0:
                 self._save(stream.state(0), stage="initial")

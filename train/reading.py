@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from model.names import canonical_shapes, is_router_bias, load_canonical
 from model.rope import Rotary
 from model.transformer import Transformer
 from train.checkpoint import Checkpoint, CheckpointError, list_steps
+from train.checkpoint_format import step_of
 from train.config import RunConfig
 from train.errors import ConfigError
 from train.run_checkpoints import STAGES
@@ -27,15 +29,20 @@ class StageEnd:
 
 
 def read_config(run: Path) -> RunConfig:
-    """`config.yaml` of a run directory. ConfigError when there is none or it does not fit the schema."""
-    path = run / "config.yaml"
-    if not path.is_file():
+    """The configuration that the run's newest stage was trained with, as its checkpoint says: `config.yaml` is of
+    whoever started the run last. ConfigError: not a run directory, or another schema. CheckpointError: no checkpoint.
+    """
+    if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run directory, it has no config.yaml")
+    steps = [steps[0] for place in (run / STAGES).glob("*") if (steps := list_steps(place))]
+    if not steps:
+        raise CheckpointError(f"{run}: holds no checkpoint of a stage")
+    newest = Checkpoint(max(steps, key=lambda path: step_of(path.name)))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), newest.state["config"])
         config = OmegaConf.to_object(merged)
-    except Exception as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, KeyError) as error:
+        raise ConfigError(f"{newest.path}: its configuration: {str(error).splitlines()[0]}") from None
     assert isinstance(config, RunConfig)
     return config
 

@@ -12,7 +12,8 @@ from model.config import ModelConfig
 from parallel.optimizer.config import OptimizerConfig, dtype_of
 from train.agree import together
 from train.checkpoint import Checkpoint, Latest, find_latest, save_checkpoint
-from train.checkpoint_format import CheckpointError
+from train.checkpoint_directory import list_steps
+from train.checkpoint_format import CheckpointError, step_of
 from train.engine import Engine
 
 ROLLING, STAGES = "checkpoints", "stages"
@@ -40,6 +41,19 @@ class RunCheckpoints:
             keep=1 if stage else self.keep,
         )
 
+    def rewind(self, step: int) -> list[Path]:
+        """Set aside every checkpoint of a later step: the run goes on from `step`, and another future is not its own.
+
+        Renamed, not removed (`step-N.replaced-K`), and no longer found by anything. Rank 0 calls it.
+        """
+        moved = []
+        for directory in (self.run / ROLLING, *sorted((self.run / STAGES).glob("*"))):
+            for path in list_steps(directory):
+                if step_of(path.name) > step:
+                    number = 1 + len(list(directory.glob(f"{path.name}.replaced-*")))
+                    moved.append(path.rename(path.with_name(f"{path.name}.replaced-{number}")))
+        return moved
+
     def latest(self, stages: list[str]) -> Latest:
         """The newest good checkpoint, if any, and why newer ones were refused; at one step a stage's end wins."""
         return find_latest([self.run / ROLLING, *(self.stage_directory(name) for name in ("initial", *stages))])
@@ -52,10 +66,13 @@ def restore(checkpoint: Checkpoint, engine: Engine, optimizer: OptimizerConfig) 
     biases = {name: tuple(bias.shape) for name, bias in engine.model.router_biases().items()}
 
     def fits() -> None:
+        differences = _differences(checkpoint, engine.config)
         try:
             checkpoint.require(engine.optimizer.shapes(), biases, kinds)
         except CheckpointError as error:
-            raise CheckpointError(f"{_differences(checkpoint, engine.config)}{error}") from None
+            raise CheckpointError(f"{differences}: {error}" if differences else str(error)) from None
+        if differences:
+            raise CheckpointError(f"{checkpoint.path} is of another model: {differences}")
 
     together(fits)
     engine.optimizer.load_shards(checkpoint.read)
@@ -63,9 +80,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, optimizer: OptimizerConfig) 
 
 
 def _differences(checkpoint: Checkpoint, model: ModelConfig) -> str:
-    """The model's keys that explain a mismatch of tensors."""
+    """The model's keys that differ, but for those that only name or initialise it."""
     saved = checkpoint.state.get("config", {}).get("model", {})
     mine = asdict(model)
-    keys = [key for key in mine if key != "name" and key in saved and saved[key] != mine[key]]
-    said = ", ".join(f"model.{key} is {saved[key]} in the checkpoint and {mine[key]} here" for key in keys)
-    return f"{said}: " if said else ""
+    keys = [key for key in mine if key not in ("name", "init_std") and key in saved and saved[key] != mine[key]]
+    return ", ".join(f"model.{key} is {saved[key]} in the checkpoint and {mine[key]} here" for key in keys)

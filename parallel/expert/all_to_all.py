@@ -110,6 +110,8 @@ class AllToAllDispatcher:
         self, route: Route, rows: Rows, weights_TK: torch.Tensor | None = None, after: object = None
     ) -> Pending[Received]:
         """[T, D] rows -> expanded rows by local expert. The first scatter of a route carries ids and router weights."""
+        if after is not None:
+            raise ValueError("events order streams; this dispatcher moves host tensors and has none")
         route.resolve()
         quantized = isinstance(rows, Quantized)
         columns = [rows.data.view(torch.uint8), rows.scale] if isinstance(rows, Quantized) else [rows]
@@ -138,6 +140,8 @@ class AllToAllDispatcher:
     ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
         """Expanded [X, D] rows -> ([T, D] sums, [T, K] gradients of the router weights when `weight_grads` [X] is
         given)."""
+        if after is not None:
+            raise ValueError("events order streams; this dispatcher moves host tensors and has none")
         layout = route.layout
         promoted = torch.promote_types(rows.dtype, torch.float32)
         received = sum(route.take)

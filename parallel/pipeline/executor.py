@@ -51,7 +51,7 @@ class Executor:
     """Runs `table.actions[rank]` with this rank's stages.
 
     stages: {(direction, stage): PipelineStage}. global_rank: pipeline rank -> global rank. dtype: of what crosses
-    stages. order: the step order of F&B pairs. One instance serves every step with the same table.
+    stages. order: the step order of F&B pairs. One instance runs one step.
     """
 
     def __init__(
@@ -144,7 +144,14 @@ class Executor:
             if not self._ready(post):
                 raise RuntimeError(f"pipeline rank {self.rank}: {post} is posted before its data exists")
             self._post(post)
-        self._sending = [(t, work, tensor) for t, work, tensor in self._sending if not work.is_completed()]
+        under_way = []
+        for transfer, work, tensor in self._sending:
+            # Complete is not the same as succeeded: only waiting tells, and here it does not block.
+            if work.is_completed():
+                self._guard(transfer, work)
+            else:
+                under_way.append((transfer, work, tensor))
+        self._sending = under_way
 
     def _emit(self, index: int, key: Key, tensor: torch.Tensor) -> None:
         """An output exists: post the batch right after list position `index` if nothing it sends is missing."""
