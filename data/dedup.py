@@ -64,10 +64,10 @@ def near_duplicates(
     progress: Callable[[int], object] = lambda count: None,
     batch: int = 256,
 ) -> Duplicates:
-    """Documents that share a band and whose shingle sets have Jaccard >= `threshold`, closed transitively over the pairs compared.
+    """Documents that share a band and whose shingle sets have Jaccard >= `threshold`, closed transitively.
 
-    In a bucket every document is compared with the leaders so far, not with all others; two copies that only meet as
-    non-leaders of different leaders stay apart unless another band pairs them.
+    Closed over the pairs compared: in a bucket every document is compared with the leaders so far, not with all others.
+    Two copies that only meet as non-leaders of different leaders stay apart unless another band pairs them.
 
     A pair of Jaccard J shares a band with probability 1 - (1 - J^rows)^bands. threshold 0 takes every shared band as a
     copy, unverified. progress: called with the number of documents just signed.
