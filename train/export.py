@@ -66,7 +66,7 @@ def logit_difference(folder: Path, tokens: int = 256) -> float:
     # It would report the MTP layer's tensors as unexpected: it keeps them aside, as it does with the released weights.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, rotary, _ = load_folder(folder, torch.float32)
+    model, rotary = load_folder(folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     text = torch.randint(0, model.config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     ours = model(text, rotary=rotary).logits_BTV

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from data.tokenizer import BOS_ID, EOS_ID, decode, encode, load_tokenizer
 from model.generate import generate
@@ -20,19 +19,20 @@ from train.command import CommandParser, run_command
 from train.errors import ConfigError
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Transformer, Rotary, Tokenizer]:
-    """Model, rotary embedding and tokenizer of an exported folder."""
+def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Transformer, Rotary]:
+    """Model and rotary embedding of an exported folder."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: not an exported model, it has no config.json")
     released = ReleasedFolder(folder)
     model = Transformer(released.config, dtype, device="meta").to_empty(device="cpu")
     load_canonical(model, released.read)
-    return model.eval(), Rotary(released.config, released.length), load_tokenizer(folder)
+    return model.eval(), Rotary(released.config, released.length)
 
 
 def continue_prompt(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The continuation's text. temperature 0: the likeliest token each time."""
-    model, rotary, tokenizer = load_folder(folder, torch.float32)
+    model, rotary = load_folder(folder, torch.float32)
+    tokenizer = load_tokenizer(folder)
     (content,) = encode(tokenizer, [prompt])
     generator = torch.Generator().manual_seed(seed)
     made = generate(
