@@ -37,7 +37,7 @@ def continue_prompt(folder: Path, prompt: str, tokens: int, temperature: float, 
     generator = torch.Generator().manual_seed(seed)
     made = generate(
         model,
-        [BOS_ID, *content],
+        [BOS_ID, *content.tolist()],
         rotary=rotary,
         max_new_tokens=tokens,
         temperature=temperature,

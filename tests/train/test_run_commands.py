@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.config import TokenizerConfig
+from data.tokenizer import tokenizer_json, train_tokenizer
 from train import evaluate, export, generate
 from train.compose import compose_run, config_json, config_yaml
 from train.config import RunConfig
@@ -20,7 +22,8 @@ from train.state import RunState
 
 
 def small_config(root: Path) -> RunConfig:
-    overrides = ["experiment=demo", "model=tiny", "precision.fp8=false", "precision.compute=float32", f"root={root}"]
+    overrides = ["experiment=demo", "model=tiny", "model.vocab_size=384", f"root={root}"]
+    overrides += ["precision.fp8=false", "precision.compute=float32"]
     return compose_run([*overrides, "parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"])
 
 
@@ -113,6 +116,22 @@ def test_the_configuration_is_the_checkpoints_own(run: Path) -> None:
         assert asdict(read_config(run).model) == asdict(config.model)
     finally:
         (run / "config.yaml").write_text(original)
+
+
+def test_generate_continues_a_prompt_of_either_language(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    assert export.main([str(run), "--out", str(folder)]) == 0
+    tokenizer = train_tokenizer(["In the beginning", "却说那日"] * 20, TokenizerConfig(vocab_size=300))
+    (folder / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
+    for prompt in ("In the beginning", "却说那日", "a <｜end▁of▁sentence｜> spelt out"):
+        capsys.readouterr()
+        assert generate.main([str(folder), "--prompt", prompt, "--tokens", "5"]) == 0
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["prompt"] == prompt and isinstance(last["continuation"], str)
+    assert generate.main([str(folder), "--prompt", "long " * 200]) == 64
+    assert capsys.readouterr().err.startswith("bireme: generate: prompt has")
 
 
 @pytest.mark.parametrize("command", [evaluate, export, generate], ids=lambda module: module.__name__)
