@@ -87,7 +87,7 @@ def evaluation_figure(run: RunRecord) -> Figure | None:
         _evaluation_panel(axes, run, language, _color(language, i))
         if i == 0:
             axes.set_ylabel("bits per byte (lower is better)")
-    figure.subplots_adjust(wspace=0.48, left=0.06, right=0.87)
+    figure.subplots_adjust(wspace=0.58, left=0.06, right=0.87)
     return figure
 
 

@@ -6,20 +6,18 @@ import re
 import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-
-from parallel.pipeline.executor import PeerLost
+from parallel.pipeline.executor import PeerLost, is_communication
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def lost_peer(error: BaseException) -> str | None:
     """One line when `error` comes from the network or a peer (which action, or else which file and function waited);
-    None for any other error. gloo raises plain RuntimeError: its texts begin with a source file of its own."""
+    None for any other error."""
     if isinstance(error, PeerLost):
         return _plain(str(error))
     text = str(error).strip()
-    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
+    if not is_communication(error):
         return None
     where = "starting the process group"
     for frame in traceback.extract_tb(error.__traceback__):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError
 
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import PipelineStage
@@ -90,7 +91,7 @@ class Executor:
             try:
                 self._compute(index, action)
             except RuntimeError as error:
-                if isinstance(error, PeerLost) or not _is_communication(error):
+                if isinstance(error, PeerLost) or not is_communication(error):
                     raise
                 raise PeerLost(f"pipeline rank {self.rank}: {action} lost a peer: {_first_line(error)}") from error
         for transfer, work, _ in self._sending:
@@ -222,6 +223,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _is_communication(error: BaseException) -> bool:
-    text = str(error)
-    return any(word in text for word in ("gloo", "Connection", "connection", "Timed out", "timeout", "NCCL", "socket"))
+def is_communication(error: BaseException) -> bool:
+    """Whether an error comes from the network or a peer. gloo raises plain RuntimeError whose text begins with a source
+    file of its own; everything else that torch.distributed raises is a DistError."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

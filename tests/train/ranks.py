@@ -75,11 +75,17 @@ class Started:
     def error(self, rank: int) -> str:
         return (self.logs / f"rank{rank}.err").read_text()
 
-    def when(self, run: Path, reached: Callable[[list[dict[str, Any]]], bool], seconds: float = 120) -> None:
-        """Return as soon as the run's metrics, if these ranks have added to them, satisfy `reached`."""
+    def when(
+        self,
+        run: Path,
+        reached: Callable[[list[dict[str, Any]]], bool],
+        seconds: float = 120,
+        file: str = "metrics.jsonl",
+    ) -> None:
+        """Return as soon as the lines of the run's `file`, if these ranks have added to them, satisfy `reached`."""
         end = time.monotonic() + seconds
         while True:
-            lines = list(read_lines(run / "metrics.jsonl"))
+            lines = list(read_lines(run / file))
             if lines and lines[-1]["time"] > self.began and reached(lines):
                 return
             assert time.monotonic() < end, f"not reached; rank 0 said: {self.error(0)}"
