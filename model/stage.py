@@ -215,14 +215,17 @@ class TransformerStage:
             else:
                 store.run(bag)
 
+        emits = _nobody if self.first else emit
         if self.output is not None:
-            dy = yield from self._head_backward(state, self.output, weights)
+            dy = yield from self._head_backward(state, self.output, weights, _nobody if self.layers else emits)
         else:
             yield "input(B)"
             assert received is not None
             dy = received.wait()
+            if not self.layers:
+                emits(dy)
         for i in reversed(range(len(self.layers))):
-            sends = emit if i == 0 and not self.first else _nobody
+            sends = emits if i == 0 else _nobody
             dy = yield from self.layers[i].backward(dy, state.layers[i], weights, sends)
         if self.first:
             yield "embed(B)"
@@ -232,7 +235,9 @@ class TransformerStage:
             store.defer((*self.key, chunk), bags)
         return dy
 
-    def _head_backward(self, state: _ChunkState, output: Output, weights: TakeBag) -> Program:
+    def _head_backward(
+        self, state: _ChunkState, output: Output, weights: TakeBag, emit: Callable[[torch.Tensor], None]
+    ) -> Program:
         store = self.ops.store
         one = torch.ones((), dtype=torch.promote_types(self.ops.dtype, torch.float32))
         carried: torch.Tensor | None = None
@@ -249,6 +254,7 @@ class TransformerStage:
         yield "head(B)"
         (dn,) = state.head.backward(store, one)
         (dy,) = state.norm.backward(store, dn if carried is None else dn + carried)
+        emit(dy)
         weights(state.head.bag)
         weights(state.norm.bag)
         return dy
