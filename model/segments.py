@@ -8,9 +8,9 @@ Shape letters: N tokens, d hidden, K experts per token, X expanded rows, E exper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from model.layer import TransformerLayer
 from model.ops import Box, Ops, stand_in
 from model.recompute import Cell
 from model.router import expert_load, expert_weights, select_experts, sequence_balance_loss
+from parallel.device import Event
 from parallel.expert.all_to_all import Received
 from parallel.expert.contract import Dispatcher, Pending
 from parallel.pipeline.contract import Program
@@ -27,6 +28,7 @@ from parallel.pipeline.segment import Segment
 from parallel.pipeline.store import Bag
 
 TakeBag = Callable[[Bag], None]
+Handed = TypeVar("Handed")
 
 
 @dataclass
@@ -49,6 +51,16 @@ class LayerState:
     box: Box = field(default_factory=Box)
     again: Cell[torch.Tensor] | None = None
     expert_index_NK: torch.Tensor | None = None
+
+
+@dataclass
+class Entering:
+    """The gradient of a layer's output on its way in: `payload` as combine(B) will send it, from the moment that
+    `ready` marks (None and empty in a dense layer)."""
+
+    dy: torch.Tensor
+    payload: Any = None
+    ready: tuple[Event, ...] = ()
 
 
 class SegmentedLayer:
@@ -90,7 +102,9 @@ class SegmentedLayer:
         index_NK = select_experts(scores_NE, layer.router.bias, self.config)
         state.expert_index_NK = index_NK
         assert self.load_E is not None
-        self.load_E += expert_load(index_NK, self.config.num_routed_experts, context.real_N)
+        # Evaluation must not move the router's bias.
+        if torch.is_grad_enabled():
+            self.load_E += expert_load(index_NK, self.config.num_routed_experts, context.real_N)
         g = context.geometry
         shape = (g.sequences, g.length)
         balance_B = sequence_balance_loss(scores_NE.unflatten(0, shape), self.config, context.real_N.view(shape))
@@ -126,11 +140,13 @@ class SegmentedLayer:
         (out,) = state.experts.run(lambda x, w: self._experts(x, w, received, exact, box), entering, received.weights_X)
         return out
 
-    def _exact_rows(self, state: LayerState, rows: torch.Tensor) -> Pending[torch.Tensor] | None:
+    def _exact_rows(
+        self, state: LayerState, rows: torch.Tensor, after: tuple[Event, ...]
+    ) -> Pending[torch.Tensor] | None:
         """The same rows sent in plain form, as an audit's yardstick; waited for after the scatter they belong to."""
         if self.dispatcher is None or not self.ops.auditing:
             return None
-        moving = self.dispatcher.scatter(state.route, rows)
+        moving = self.dispatcher.scatter(state.route, rows, after=after)
         return Pending((), lambda: moving.wait().rows)
 
     # Programs -------------------------------------------------------------------------------------------------------
@@ -147,40 +163,55 @@ class SegmentedLayer:
             (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
             out = h + y
             return Pending((), lambda: out)
-        assert self.dispatcher is not None
+        assert self.dispatcher is not None and state.expert_index_NK is not None
         dispatcher = self.dispatcher
         weights_NK = outputs[2]
         self.balance = self.balance + outputs[3]
-        state.route = dispatcher.plan(state.expert_index_NK)  # type: ignore[arg-type]
+        payload = self.ops.payload(n)
+        ready = (dispatcher.mark(),)
+        state.route = dispatcher.plan(state.expert_index_NK, ready)
         state.expert_index_NK = None
         yield "dispatch(F)"
-        moving = dispatcher.scatter(state.route, self.ops.payload(n), weights_NK)
-        exact = self._exact_rows(state, n)
+        moving = dispatcher.scatter(state.route, payload, weights_NK, ready)
+        exact = self._exact_rows(state, n, ready)
+        del payload
         yield "mlp(F)"
         # The shared expert needs no token of other ranks: it runs before the wait.
         (y,) = state.mlp.run(lambda n: self._mlp(n, state), n)
         received = moving.wait()
         expert_out = self._run_experts(state, received, exact.wait() if exact else None, n.dtype)
+        reduced = dispatcher.reduce(state.route, expert_out)
+        ready = (dispatcher.mark(),)
         residual = h + y
-        del n, y, h, outputs, received, exact
+        del n, y, h, outputs, received, exact, expert_out
         yield "combine(F)"
-        combining = dispatcher.gather(state.route, expert_out)
-        del expert_out
+        combining = dispatcher.gather(state.route, reduced, ready)
+        del reduced
         return Pending((), lambda: residual + combining.wait()[0])
 
+    def enter(self, dy: torch.Tensor) -> Entering:
+        """What `backward` takes, made as soon as `dy` exists, so that combine(B) waits for nothing computed later."""
+        if not self.layer.moe:
+            return Entering(dy)
+        assert self.dispatcher is not None
+        payload = self.ops.payload(dy)
+        return Entering(dy, payload, (self.dispatcher.mark(),))
+
     def backward(
-        self, dy: torch.Tensor, state: LayerState, weights: TakeBag, emit: Callable[[torch.Tensor], None]
-    ) -> Program:
+        self, entering: Entering, state: LayerState, weights: TakeBag, emit: Callable[[torch.Tensor], Handed]
+    ) -> Generator[str, None, Handed]:
         """`weights` takes each segment's bag (run now, or kept for W); `emit` gets dx before the attention's weight
-        gradients."""
+        gradients, and what it returns is returned."""
         ops, store, dispatcher = self.ops, self.ops.store, self.dispatcher
+        dy = entering.dy
         dweights: torch.Tensor | None = None
         combining: Any = None
         if self.layer.moe:
             assert dispatcher is not None
             yield "combine(B)"
-            combining = dispatcher.scatter(state.route, ops.payload(dy))
-            exact = self._exact_rows(state, dy)
+            combining = dispatcher.scatter(state.route, entering.payload, after=entering.ready)
+            exact = self._exact_rows(state, dy, entering.ready)
+        del entering
         yield "mlp(B)"
         (dn,) = state.mlp.backward(store, dy)
         moving: Any = None
@@ -192,10 +223,12 @@ class SegmentedLayer:
                 state.box.put(rows, exact.wait() if exact else None)
                 grad = stand_in(rows.rows, rows.columns, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
-            del rows, grad, combining, exact
+            reduced = dispatcher.reduce(state.route, drows, dweights_X)
+            ready = (dispatcher.mark(),)
+            del rows, grad, combining, exact, drows, dweights_X
             yield "dispatch(B)"
-            moving = dispatcher.gather(state.route, drows, dweights_X)
-            del drows
+            moving = dispatcher.gather(state.route, reduced, ready)
+            del reduced
         yield "mlp(W)"
         weights(state.mlp.bag)
         weights(state.experts.bag)
@@ -203,12 +236,14 @@ class SegmentedLayer:
         if self.layer.moe:
             back, dweights = moving.wait()
             dn = dn + back
-            one = torch.ones((), dtype=torch.promote_types(ops.dtype, torch.float32))
+            one = torch.ones((), dtype=torch.promote_types(ops.dtype, torch.float32), device=dn.device)
             (dx,) = state.attention.backward(store, dy, dn, dweights, one)
+            del back
         else:
             (dx,) = state.attention.backward(store, dy, dn)
-        del dn, dweights, moving
-        emit(dx)
+        del dn, dweights, moving, dy
+        handed = emit(dx)
+        del dx
         yield "attn(W)"
         weights(state.attention.bag)
-        return dx
+        return handed

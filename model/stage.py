@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,7 +124,8 @@ class TransformerStage:
         data, ops = self.chunks[chunk], self.ops
         depths = self.output.depths if self.output else []
         state = _ChunkState([LayerState() for _ in self.layers], [_DepthState() for _ in depths])
-        self._states[chunk] = state
+        if torch.is_grad_enabled():
+            self._states[chunk] = state
         if self.first:
             yield "embed(F)"
             (embedded,) = state.embed.run(self._lookup(data.tokens_N), torch.empty(0, dtype=ops.dtype))
@@ -215,31 +217,39 @@ class TransformerStage:
             else:
                 store.run(bag)
 
-        emits = _nobody if self.first else emit
+        layers, pairs = self.layers, list(zip(self.layers, state.layers, strict=True))
+
+        def leave(dx: torch.Tensor) -> torch.Tensor:
+            """The gradient of the stage's input: to the stage before, or to the embedding."""
+            if not self.first:
+                emit(dx)
+            return dx
+
+        into = layers[-1].enter if layers else leave
         if self.output is not None:
-            dy = yield from self._head_backward(state, self.output, weights, _nobody if self.layers else emits)
+            handed = yield from self._head_backward(state, self.output, weights, into)
         else:
             yield "input(B)"
             assert received is not None
-            dy = received.wait()
-            if not self.layers:
-                emits(dy)
-        for i in reversed(range(len(self.layers))):
-            sends = emits if i == 0 else _nobody
-            dy = yield from self.layers[i].backward(dy, state.layers[i], weights, sends)
+            handed = into(received.wait())
+        del received
+        for i in reversed(range(len(pairs))):
+            layer, kept = pairs[i]
+            handed = yield from layer.backward(handed, kept, weights, layers[i - 1].enter if i else leave)
         if self.first:
             yield "embed(B)"
-            state.embed.backward(store, dy)
+            state.embed.backward(store, handed)
             weights(state.embed.bag)
         if split:
             store.defer((*self.key, chunk), bags)
-        return dy
+        return None
 
     def _head_backward(
-        self, state: _ChunkState, output: Output, weights: TakeBag, emit: Callable[[torch.Tensor], None]
+        self, state: _ChunkState, output: Output, weights: TakeBag, emit: Callable[[torch.Tensor], Any]
     ) -> Program:
+        """`emit` gets the gradient of the head's input; what it returns is returned."""
         store = self.ops.store
-        one = torch.ones((), dtype=torch.promote_types(self.ops.dtype, torch.float32))
+        one = torch.ones((), dtype=torch.promote_types(self.ops.dtype, torch.float32), device=output.norm.device)
         carried: torch.Tensor | None = None
         for depth, kept in reversed(list(zip(output.depths, state.depths, strict=True))):
             yield "mtp_head(B)"
@@ -247,22 +257,25 @@ class TransformerStage:
             (dy,) = kept.norm.backward(store, dn if carried is None else dn + carried)
             weights(kept.head.bag)
             weights(kept.norm.bag)
-            dy = yield from depth.layer.backward(dy, kept.layer, weights, _nobody)
+            entering = depth.layer.enter(dy)
+            dy = yield from depth.layer.backward(entering, kept.layer, weights, _same)
             yield "mtp_in(B)"
             (carried,) = kept.join.backward(store, dy)
             weights(kept.join.bag)
         yield "head(B)"
         (dn,) = state.head.backward(store, one)
         (dy,) = state.norm.backward(store, dn if carried is None else dn + carried)
-        emit(dy)
+        handed = emit(dy)
+        del dn, dy, carried
         weights(state.head.bag)
         weights(state.norm.bag)
-        return dy
+        return handed
 
 
 def _arrived(x: torch.Tensor) -> Pending[torch.Tensor]:
     return Pending((), lambda: x)
 
 
-def _nobody(dx: torch.Tensor) -> None:
-    """The gradient of this input stays on the rank."""
+def _same(dx: torch.Tensor) -> torch.Tensor:
+    """The gradient of this input stays in the stage."""
+    return dx

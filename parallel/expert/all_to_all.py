@@ -1,41 +1,50 @@
 """Expert dispatch by all-to-all: scatter and gather, each the transpose of the other; one rank needs no communication.
 
 Every movement is one all-to-all of bytes: FP8 codes, scales, expert ids and router weights of a row travel together.
+Picking and packing rows is part of the movement and runs on its side stream; laying received rows out by expert, and
+summing them, is compute.
 
 Shape letters: T tokens, K experts per token, D width, S rows sent, V rows received, X expanded rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from kernels.quantize import Quantized
-from parallel.expert.contract import Pending, Work
-from parallel.expert.layout import ReceiveLayout, receive_layout, send_layout
+from parallel.device import EXPERT, HOST, Device, Event, Ticket
+from parallel.expert.contract import Pending
+from parallel.expert.layout import ReceiveLayout, SendLayout, receive_layout, send_layout
 
 Rows = torch.Tensor | Quantized
 
 
 @dataclass
 class Route:
-    """Where the tokens of one layer and chunk go; made by `plan`, used by dispatch, combine and both backwards."""
+    """Where the tokens of one layer and chunk go; made by `plan`, used by dispatch, combine and both backwards.
+
+    give, take: rows to and from every rank. expert_counts: expanded rows of every local expert. All three are known
+    once the counts have arrived.
+    """
 
     tokens: int
     expert_index_TK: torch.Tensor
-    rows_S: torch.Tensor
-    counts: Pending[tuple[list[int], list[int]]] | None
-    give: list[int]
-    take: list[int]
+    sending: SendLayout | None
+    counts: Callable[[], tuple[list[int], list[int], list[int]]] | None
+    give: list[int] = field(default_factory=list)
+    take: list[int] = field(default_factory=list)
+    expert_counts: list[int] = field(default_factory=list)
+    rows_S: torch.Tensor | None = None
     received: ReceiveLayout | None = None
 
     def resolve(self) -> None:
         """The one place where the host blocks on other ranks."""
         if self.counts is not None:
-            self.give, self.take = self.counts.wait()
+            self.give, self.take, self.expert_counts = self.counts()
             self.counts = None
 
     @property
@@ -53,6 +62,13 @@ class Received:
     rows: Rows
     weights_X: torch.Tensor | None
     counts: list[int]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A rank's sums over its own experts, one row per received row, ready to go back."""
+
+    columns: list[torch.Tensor]
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
@@ -81,8 +97,8 @@ class _Packer:
 class AllToAllDispatcher:
     """Flat all-to-all over one expert-parallel group (`group` None: this rank alone holds every expert)."""
 
-    def __init__(self, experts: int, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, experts: int, group: dist.ProcessGroup | None, device: Device = HOST) -> None:
+        self.group, self.device = group, device
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         if experts % self.ranks:
@@ -90,42 +106,57 @@ class AllToAllDispatcher:
         self.experts = experts
         self.local_experts = experts // self.ranks
 
-    def _exchange(self, sent: torch.Tensor, give: list[int], take: list[int]) -> tuple[torch.Tensor, list[Work]]:
+    def mark(self) -> Event:
+        """The end of what was computed so far: what a movement issued later is `after`."""
+        return self.device.mark()
+
+    def _exchange(self, sent: torch.Tensor, give: list[int], take: list[int]) -> tuple[torch.Tensor, list[Ticket]]:
         if self.group is None:
             return sent, []
         out = sent.new_empty(sum(take), *sent.shape[1:])
-        work = dist.all_to_all_single(out, sent.contiguous(), take, give, group=self.group, async_op=True)
-        return out, [work]
+        return out, [self.device.all_to_all(out, sent.contiguous(), take, give, self.group)]
 
-    def plan(self, expert_index_TK: torch.Tensor) -> Route:
+    def plan(self, expert_index_TK: torch.Tensor, after: Sequence[Event] = ()) -> Route:
         """Start the exchange of counts for [T, K] expert ids; resolved by the first scatter."""
-        layout = send_layout(expert_index_TK, self.local_experts, self.ranks)
-        ones = [1] * self.ranks
-        counts_R = layout.counts_R
-        received, works = self._exchange(counts_R, ones, ones)
-        pending = Pending(works, lambda: (counts_R.tolist(), received.tolist()))
-        return Route(len(expert_index_TK), expert_index_TK, layout.rows_S, pending, [], [])
+        with self.device.side(EXPERT, after):
+            sending = send_layout(expert_index_TK, self.local_experts, self.ranks)
+            ones = [1] * self.ranks
+            received_RC, tickets = self._exchange(sending.counts_RC, ones, ones)
+
+        def counts() -> tuple[list[int], list[int], list[int]]:
+            ticket = tickets[0] if tickets else None
+            given, taken = self.device.read(EXPERT, ticket, sending.counts_RC, received_RC)
+            experts = [sum(column) for column in zip(*(row[1:] for row in taken), strict=True)]
+            return [row[0] for row in given], [row[0] for row in taken], experts
+
+        return Route(len(expert_index_TK), expert_index_TK, sending, counts)
 
     def scatter(
-        self, route: Route, rows: Rows, weights_TK: torch.Tensor | None = None, after: object = None
+        self, route: Route, rows: Rows, weights_TK: torch.Tensor | None = None, after: Sequence[Event] = ()
     ) -> Pending[Received]:
         """[T, D] rows -> expanded rows by local expert. The first scatter of a route carries ids and router weights."""
-        if after is not None:
-            raise ValueError("events order streams; this dispatcher moves host tensors and has none")
         route.resolve()
         quantized = isinstance(rows, Quantized)
         columns = [rows.data.view(torch.uint8), rows.scale] if isinstance(rows, Quantized) else [rows]
         if weights_TK is not None:
             columns += [route.expert_index_TK, weights_TK]
-        packer = _Packer([column[route.rows_S] for column in columns])
-        packed_V, works = self._exchange(packer.packed, route.give, route.take)
+        with self.device.side(EXPERT, after):
+            if route.rows_S is None:
+                assert route.sending is not None
+                route.rows_S, route.sending = route.sending.rows(sum(route.give)), None
+            packer = _Packer([column[route.rows_S] for column in columns])
+            packed_V, tickets = self._exchange(packer.packed, route.give, route.take)
 
         def finish() -> Received:
+            # The transfer reads what it was given until here.
+            columns.clear()
+            self.device.adopt(packed_V)
             parts = packer.unpack(packed_V)
             weights_X = None
             if weights_TK is not None:
                 index_VK, weights_VK = parts[-2:]
-                route.received = receive_layout(index_VK, self.rank * self.local_experts, self.local_experts)
+                first = self.rank * self.local_experts
+                route.received = receive_layout(index_VK, first, route.expert_counts)
                 weights_X = weights_VK[route.received.rows_X, route.received.slots_X]
             layout = route.layout
             if quantized:
@@ -133,33 +164,41 @@ class AllToAllDispatcher:
                 return Received(Quantized(data, parts[1]).index_rows(layout.rows_X), weights_X, layout.counts)
             return Received(parts[0][layout.rows_X], weights_X, layout.counts)
 
-        return Pending(works, finish)
+        return Pending(tickets, finish)
 
-    def gather(
-        self, route: Route, rows: torch.Tensor, weight_grads: torch.Tensor | None = None, after: object = None
-    ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Expanded [X, D] rows -> ([T, D] sums, [T, K] gradients of the router weights when `weight_grads` [X] is
-        given)."""
-        if after is not None:
-            raise ValueError("events order streams; this dispatcher moves host tensors and has none")
+    def reduce(self, route: Route, rows: torch.Tensor, weight_grads: torch.Tensor | None = None) -> Reduced:
+        """Expanded [X, D] rows (and [X] gradients of their router weights) summed over this rank's experts."""
         layout = route.layout
         promoted = torch.promote_types(rows.dtype, torch.float32)
         received = sum(route.take)
-        sums_VD = torch.zeros(received, rows.shape[-1], dtype=promoted).index_add_(0, layout.rows_X, rows.to(promoted))
-        columns = [sums_VD.to(rows.dtype)]
+        sums_VD = rows.new_zeros(received, rows.shape[-1], dtype=promoted)
+        columns = [sums_VD.index_add_(0, layout.rows_X, rows.to(promoted)).to(rows.dtype)]
         if weight_grads is not None:
             dense_VK = weight_grads.new_zeros(received, route.expert_index_TK.shape[1])
             columns.append(dense_VK.index_put_((layout.rows_X, layout.slots_X), weight_grads))
-        packer = _Packer(columns)
-        packed_S, works = self._exchange(packer.packed, route.take, route.give)
+        return Reduced(columns)
+
+    def gather(
+        self, route: Route, reduced: Reduced, after: Sequence[Event] = ()
+    ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What `reduce` made -> ([T, D] sums over all ranks, [T, K] gradients of the router weights if they were
+        given)."""
+        with self.device.side(EXPERT, after):
+            packer = _Packer(reduced.columns)
+            packed_S, tickets = self._exchange(packer.packed, route.take, route.give)
+        kept = [reduced]
 
         def place(x: torch.Tensor) -> torch.Tensor:
             high = torch.promote_types(x.dtype, torch.float32)
-            total = torch.zeros(route.tokens, x.shape[-1], dtype=high).index_add_(0, route.rows_S, x.to(high))
+            assert route.rows_S is not None
+            total = x.new_zeros(route.tokens, *x.shape[1:], dtype=high).index_add_(0, route.rows_S, x.to(high))
             return total.to(x.dtype)
 
         def finish() -> tuple[torch.Tensor, torch.Tensor | None]:
+            kept.clear()
+            assert route.rows_S is not None
+            self.device.adopt(packed_S, route.rows_S)
             parts = packer.unpack(packed_S)
-            return place(parts[0]), place(parts[1]) if weight_grads is not None else None
+            return place(parts[0]), place(parts[1]) if len(parts) > 1 else None
 
-        return Pending(works, finish)
+        return Pending(tickets, finish)

@@ -5,27 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import DistError
 
+from parallel.device import HOST, PIPELINE, Device, Event, Ticket
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import PipelineStage
 from parallel.pipeline.interleave import Running, overlap
 from parallel.pipeline.store import WeightGradStore
-from parallel.schedule.actions import Action, Compute, Op, Pair, Payload, Post, Table, Transfer
-
-Key = tuple[Payload, int, int, int]
+from parallel.schedule.actions import Action, Compute, Op, Payload, Post, Table, Transfer
+from parallel.schedule.boundary import Boundary, boundary_of, consumed, ends_of, parts, produced
 
 
 class PeerLost(RuntimeError):
     """A peer failed or fell silent; the message names action, stage, chunk and peer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """One action as it ran: seconds on the machine's monotonic clock. waited: seconds spent waiting for receives."""
 
@@ -39,8 +37,35 @@ class Measured:
     waited: float
 
 
-def _key(t: Transfer) -> Key:
-    return t.payload, t.direction, t.stage, t.chunk
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A transfer with all that posting it needs."""
+
+    transfer: Transfer
+    boundary: Boundary
+    peer: int  # global rank
+    tag: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    post: Post
+    moves: tuple[_Move, ...]
+    sends: tuple[Boundary, ...]
+
+
+class _Part:
+    """One half of a pair, or a compute action: what it takes and hands on, and the batches that directly follow."""
+
+    __slots__ = ("compute", "following", "makes", "stays", "takes")
+
+    def __init__(self, compute: Compute, table: Table) -> None:
+        self.compute = compute
+        self.takes = consumed(compute, table.stages)
+        self.makes = produced(compute, table.stages)
+        source, target = ends_of(self.makes, table.rank_of) if self.makes else (0, 1)
+        self.stays = source == target
+        self.following: Sequence[_Batch] = ()
 
 
 def _tag(t: Transfer, table: Table) -> int:
@@ -49,10 +74,10 @@ def _tag(t: Transfer, table: Table) -> int:
 
 
 class Executor:
-    """Runs `table.actions[rank]` with this rank's stages.
+    """Runs `table.actions[rank]` with this rank's stages, one step at each `run`.
 
     stages: {(direction, stage): PipelineStage}. global_rank: pipeline rank -> global rank. dtype: of what crosses
-    stages. order: the step order of F&B pairs. One instance runs one step.
+    stages. order: the step order of F&B pairs. A step whose table has no backward runs under `torch.no_grad`.
     """
 
     def __init__(
@@ -64,38 +89,53 @@ class Executor:
         dtype: torch.dtype,
         order: Sequence[str],
         global_rank: Callable[[int], int] = lambda rank: rank,
+        device: Device = HOST,
     ) -> None:
         self.table, self.rank, self.stages, self.store = table, rank, stages, store
-        self.dtype, self.order, self.global_rank = dtype, order, global_rank
-        self.actions: tuple[Action, ...] = table.actions[rank]
+        self.dtype, self.order, self.device = dtype, order, device
         self.measured: list[Measured] = []
+        self._program(table.actions[rank], global_rank)
         self._reset()
 
+    def _program(self, actions: Sequence[Action], global_rank: Callable[[int], int]) -> None:
+        """The rank's list with everything looked up that does not change from step to step."""
+        self._list: list[_Batch | tuple[_Part, ...]] = []
+        following: list[_Batch] = []
+        for action in actions:
+            if isinstance(action, Post):
+                moves = tuple(
+                    _Move(t, boundary_of(t), global_rank(t.peer), _tag(t, self.table)) for t in action.transfers
+                )
+                batch = _Batch(action, moves, tuple(m.boundary for m in moves if m.transfer.send))
+                self._list.append(batch)
+                following.append(batch)
+                continue
+            computes = tuple(_Part(part, self.table) for part in parts(action))
+            following = []
+            for part in computes:
+                part.following = following
+            self._list.append(computes)
+        self._trains = any(part.compute.op is not Op.F for e in self._list if isinstance(e, tuple) for part in e)
+
     def _reset(self) -> None:
-        self._inbox: dict[Key, Pending[torch.Tensor]] = {}
-        self._outbox: dict[Key, torch.Tensor] = {}
-        self._sending: list[tuple[Transfer, dist.Work, torch.Tensor]] = []
-        self._posts: list[tuple[int, Post]] = []
+        self._inbox: dict[Boundary, Pending[torch.Tensor]] = {}
+        self._outbox: dict[Boundary, tuple[torch.Tensor, Event]] = {}
+        self._sending: list[tuple[Transfer, Ticket, torch.Tensor]] = []
+        self._posted: set[int] = set()
         self._waited = 0.0
 
     def run(self) -> None:
         """One step: all actions, then wait until every send is complete."""
         self._reset()
         self.measured = []
-        self._posts = [(i, action) for i, action in enumerate(self.actions) if isinstance(action, Post)]
-        self._posts.reverse()
-        for index, action in enumerate(self.actions):
-            if isinstance(action, Post):
-                self._post_through(index)
-                continue
-            try:
-                self._compute(index, action)
-            except RuntimeError as error:
-                if isinstance(error, PeerLost) or not is_communication(error):
-                    raise
-                raise PeerLost(f"pipeline rank {self.rank}: {action} lost a peer: {_first_line(error)}") from error
-        for transfer, work, _ in self._sending:
-            self._guard(transfer, work)
+        with torch.set_grad_enabled(self._trains):
+            for entry in self._list:
+                if isinstance(entry, _Batch):
+                    self._post_listed(entry)
+                else:
+                    self._guarded(entry)
+        for transfer, ticket, _ in self._sending:
+            self._guard(transfer, ticket)
         self._sending = []
         if self._inbox or self._outbox or self.store.depth:
             raise RuntimeError(
@@ -103,120 +143,147 @@ class Executor:
                 f"outputs and {self.store.depth} weight-gradient entries"
             )
 
+    def _guarded(self, part_list: tuple[_Part, ...]) -> None:
+        try:
+            self._compute(part_list)
+        except PeerLost:
+            raise
+        except Exception as error:
+            where = " beside ".join(_describe(part.compute) for part in part_list)
+            if is_communication(error):
+                raise PeerLost(f"pipeline rank {self.rank}: {where} lost a peer: {_first_line(error)}") from error
+            error.add_note(f"pipeline rank {self.rank}, {where}")
+            raise
+
     # Communication ----------------------------------------------------------------------------------------------------
 
-    def _guard(self, transfer: Transfer, work: dist.Work) -> None:
+    def _guard(self, transfer: Transfer, ticket: Ticket) -> None:
         try:
-            work.wait()
+            ticket.wait()
         except RuntimeError as error:
             raise PeerLost(
                 f"pipeline rank {self.rank}: {transfer} (stage {transfer.stage}, chunk {transfer.chunk}, peer "
                 f"{transfer.peer}) did not complete: {_first_line(error)}"
             ) from error
 
-    def _ready(self, post: Post) -> bool:
-        return all(not t.send or _key(t) in self._outbox for t in post.transfers)
-
-    def _post(self, post: Post) -> None:
-        operations, buffers = [], []
-        for t in post.transfers:
-            if t.send:
-                tensor = self._outbox.pop(_key(t)).contiguous()
+    def _post(self, batch: _Batch) -> None:
+        self._posted.add(id(batch))
+        outbox, device = self._outbox, self.device
+        sent = {boundary: outbox.pop(boundary) for boundary in batch.sends}
+        with device.side(PIPELINE, [event for _, event in sent.values()]):
+            operations, tensors = [], []
+            for move in batch.moves:
+                t = move.transfer
+                if t.send:
+                    tensor = sent[move.boundary][0].contiguous()
+                else:
+                    stage = self.stages[t.direction, t.stage]
+                    activation = t.payload is Payload.ACTIVATION
+                    shape = stage.boundary_shape(t.chunk) if activation else stage.output_shape(t.chunk)
+                    tensor = torch.empty(shape, dtype=self.dtype, device=device.where)
+                kind = dist.isend if t.send else dist.irecv
+                operations.append(dist.P2POp(kind, tensor, move.peer, tag=move.tag))
+                tensors.append(tensor)
+            tickets = device.transfer(operations)
+        one = len(tickets) != len(tensors)  # NCCL has one for the batch, gloo one for each operation
+        for i, (move, tensor) in enumerate(zip(batch.moves, tensors, strict=True)):
+            ticket = tickets[0 if one else i]
+            if move.transfer.send:
+                self._sending.append((move.transfer, ticket, tensor))
             else:
-                shape = self.stages[(t.direction, t.stage)]
-                rows = shape.boundary_shape(t.chunk) if t.payload is Payload.ACTIVATION else shape.output_shape(t.chunk)
-                tensor = torch.empty(rows, dtype=self.dtype)
-            kind = dist.isend if t.send else dist.irecv
-            operations.append(dist.P2POp(kind, tensor, self.global_rank(t.peer), tag=_tag(t, self.table)))
-            buffers.append(tensor)
-        works = dist.batch_isend_irecv(operations)
-        # NCCL returns one work for the batch, gloo one per operation.
-        per_transfer = works if len(works) == len(operations) else [works[0]] * len(operations)
-        for t, work, tensor in zip(post.transfers, per_transfer, buffers, strict=True):
-            if t.send:
-                self._sending.append((t, work, tensor))
-            else:
-                self._inbox[_key(t)] = Pending([_Guarded(self, t, work)], partial(_same, tensor))
+                self._inbox[move.boundary] = Pending([_Receive(self, move.transfer, ticket)], _Arrived(device, tensor))
 
-    def _post_through(self, index: int) -> None:
-        """Post every batch up to list position `index`, in order."""
-        while self._posts and self._posts[-1][0] <= index:
-            _, post = self._posts.pop()
-            if not self._ready(post):
-                raise RuntimeError(f"pipeline rank {self.rank}: {post} is posted before its data exists")
-            self._post(post)
+    def _post_listed(self, batch: _Batch) -> None:
+        """Post a batch where the list has it, unless that was done as soon as its data existed."""
+        if id(batch) not in self._posted:
+            if not all(boundary in self._outbox for boundary in batch.sends):
+                raise RuntimeError(f"pipeline rank {self.rank}: {batch.post} is posted before its data exists")
+            self._post(batch)
         under_way = []
-        for transfer, work, tensor in self._sending:
+        for entry in self._sending:
             # Complete is not the same as succeeded: only waiting tells, and here it does not block.
-            if work.is_completed():
-                self._guard(transfer, work)
+            if entry[1].is_completed():
+                self._guard(entry[0], entry[1])
             else:
-                under_way.append((transfer, work, tensor))
+                under_way.append(entry)
         self._sending = under_way
 
-    def _emit(self, index: int, key: Key, tensor: torch.Tensor) -> None:
-        """An output exists: post the batch right after list position `index` if nothing it sends is missing."""
-        self._outbox[key] = tensor
-        if self._posts and self._posts[-1][0] == index + 1 and self._ready(self._posts[-1][1]):
-            self._post(self._posts.pop()[1])
+    def _hand_on(self, part: _Part, tensor: torch.Tensor) -> None:
+        """An output exists: post the batches right after its action that miss nothing any more, in order."""
+        if part.makes is None:
+            return
+        if part.stays:
+            self._inbox[part.makes] = Pending((), lambda: tensor)
+            return
+        self._outbox[part.makes] = tensor, self.device.mark()
+        for batch in part.following:
+            if id(batch) in self._posted:
+                continue
+            if not all(boundary in self._outbox for boundary in batch.sends):
+                break
+            self._post(batch)
 
     # Compute ----------------------------------------------------------------------------------------------------------
 
-    def _program(self, index: int, action: Compute) -> Running:
-        stage = self.stages[(action.direction, action.stage)]
-        last = self.table.stages - 1
-        d, s, c = action.direction, action.stage, action.chunk
-        if action.op is Op.F:
-            received = self._inbox.pop((Payload.ACTIVATION, d, s, c)) if s > 0 else None
-            return Running(stage.forward_program(c, received))
-        received = self._inbox.pop((Payload.GRADIENT, d, s, c)) if s < last else None
+    def _start(self, part: _Part) -> Running:
+        c = part.compute
+        stage = self.stages[c.direction, c.stage]
+        received = self._inbox.pop(part.takes) if part.takes is not None else None
+        if c.op is Op.F:
+            return Running(stage.forward_program(c.chunk, received))
+        return Running(stage.backward_program(c.chunk, received, c.op is Op.I, lambda grad: self._hand_on(part, grad)))
 
-        def emit(grad: torch.Tensor) -> None:
-            if s > 0:
-                self._emit(index, (Payload.GRADIENT, d, s - 1, c), grad)
-
-        return Running(stage.backward_program(c, received, action.op is Op.I, emit))
-
-    def _finish(self, index: int, action: Compute, result: Any) -> None:
-        if action.op is Op.F and action.stage < self.table.stages - 1:
-            d, s, c = action.direction, action.stage, action.chunk
-            self._emit(index, (Payload.ACTIVATION, d, s + 1, c), result)
-
-    def _compute(self, index: int, action: Compute | Pair) -> None:
+    def _compute(self, part_list: tuple[_Part, ...]) -> None:
         start, self._waited = time.perf_counter(), 0.0
-        if isinstance(action, Pair):
-            parts: tuple[Compute, ...] = (action.forward, action.backward)
-            forward, backward = (self._program(index, part) for part in parts)
-            output, _ = overlap(forward, backward, self.order)
-            self._finish(index, action.forward, output)
-        elif action.op is Op.W:
-            parts = (action,)
-            self.store.run_oldest((action.direction, action.stage, action.chunk))
+        first = part_list[0]
+        if len(part_list) == 2:
+            output, _ = overlap(self._start(first), self._start(part_list[1]), self.order)
+            self._hand_on(first, output)
+        elif first.compute.op is Op.W:
+            self.store.run_oldest((first.compute.direction, first.compute.stage, first.compute.chunk))
         else:
-            parts = (action,)
-            self._finish(index, action, self._program(index, action).drain())
+            result = self._start(first).drain()
+            if first.compute.op is Op.F:
+                self._hand_on(first, result)
         end = time.perf_counter()
-        for part in parts:
-            op = str(part.op)
-            self.measured.append(
-                Measured(self.rank, op, part.direction, part.stage, part.chunk, start, end, self._waited)
-            )
+        for part in part_list:
+            c = part.compute
+            measured = Measured(self.rank, c.op.value, c.direction, c.stage, c.chunk, start, end, self._waited)
+            self.measured.append(measured)
 
 
-class _Guarded:
+class _Receive:
     """A receive that says what it was when it fails, and books the time waited for it."""
 
-    def __init__(self, executor: Executor, transfer: Transfer, work: dist.Work) -> None:
-        self.executor, self.transfer, self.work = executor, transfer, work
+    __slots__ = ("executor", "ticket", "transfer")
+
+    def __init__(self, executor: Executor, transfer: Transfer, ticket: Ticket) -> None:
+        self.executor, self.transfer, self.ticket = executor, transfer, ticket
 
     def wait(self) -> None:
         start = time.perf_counter()
-        self.executor._guard(self.transfer, self.work)
+        self.executor._guard(self.transfer, self.ticket)
         self.executor._waited += time.perf_counter() - start
 
+    def is_completed(self) -> bool:
+        return self.ticket.is_completed()
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+
+class _Arrived:
+    """Hands a received tensor to compute."""
+
+    __slots__ = ("device", "tensor")
+
+    def __init__(self, device: Device, tensor: torch.Tensor) -> None:
+        self.device, self.tensor = device, tensor
+
+    def __call__(self) -> torch.Tensor:
+        self.device.adopt(self.tensor)
+        return self.tensor
+
+
+def _describe(c: Compute) -> str:
+    return f"{c} (stage {c.stage}, chunk {c.chunk})"
 
 
 def _first_line(error: BaseException) -> str:

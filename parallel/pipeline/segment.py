@@ -41,7 +41,10 @@ class Segment:
         self._slots: GradSlots | None = None
 
     def run(self, function: Callable[..., Sequence[torch.Tensor]], *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """`function(*inputs)` with gradients; returns its outputs detached."""
+        """`function(*inputs)` with gradients; returns its outputs detached. Where gradients are off (forward-only
+        steps) it keeps nothing."""
+        if not torch.is_grad_enabled():
+            return [output.detach() for output in function(*inputs)]
         slots: GradSlots = [None] * len(inputs)
         with torch.enable_grad():
             # The anchor makes the graph exist even where no input requires a gradient.

@@ -113,9 +113,8 @@ def backward(s: Setting, state: LayerState, split: bool = False) -> torch.Tensor
     """dx; with `split` the weight gradients are queued first, and run when dx has been returned."""
     bags: list[Bag] = []
     store = s.segmented.ops.store
-    program = s.segmented.backward(
-        s.dy_BTd.flatten(0, 1).clone(), state, bags.append if split else store.run, lambda dx: None
-    )
+    entering = s.segmented.enter(s.dy_BTd.flatten(0, 1).clone())
+    program = s.segmented.backward(entering, state, bags.append if split else store.run, lambda dx: dx)
     dx = drain(program)
     if split:
         assert s.sink.grads == {}
@@ -215,12 +214,14 @@ def test_steps_in_order_and_the_input_gradient_before_the_last_weight_gradients(
         assert " ".join(steps) == names[0]
         steps, emitted = [], list[torch.Tensor]()
 
-        def emit(dx: torch.Tensor, s: Setting = s, emitted: list[torch.Tensor] = emitted) -> None:
+        def emit(dx: torch.Tensor, s: Setting = s, emitted: list[torch.Tensor] = emitted) -> torch.Tensor:
             assert s.layer.attn_norm not in s.sink.grads
             assert s.layer.mlp_norm not in s.sink.grads  # its gradient belongs to the attention segment
             emitted.append(dx)
+            return dx
 
-        program = s.segmented.backward(s.dy_BTd.flatten(0, 1), state, s.segmented.ops.store.run, emit)
+        entering = s.segmented.enter(s.dy_BTd.flatten(0, 1))
+        program = s.segmented.backward(entering, state, s.segmented.ops.store.run, emit)
         dx = drain(program, steps)
         assert " ".join(steps) == names[1]
         assert len(emitted) == 1 and emitted[0] is dx
@@ -302,7 +303,7 @@ def test_the_mlp_norm_lives_until_the_routers_gradient() -> None:
     cell, alive = state.again, list[bool]()
     state.again = None
     bags: list[Bag] = []
-    drain(s.segmented.backward(s.dy_BTd.flatten(0, 1), state, bags.append, lambda dx: None))
+    drain(s.segmented.backward(s.segmented.enter(s.dy_BTd.flatten(0, 1)), state, bags.append, lambda dx: None))
     value = StorageWeakRef(cell().untyped_storage())
     del cell
     for bag in bags:  # shared expert, routed experts, attention

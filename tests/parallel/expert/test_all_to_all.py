@@ -57,22 +57,22 @@ def movements(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
         received = dispatcher.scatter(route, g.x_TD, g.weights_TK).wait()
         got["sent"] = sum(route.give)
         got["received"] = received
-        got["identity"] = dispatcher.gather(route, received.rows).wait()[0]
+        got["identity"] = dispatcher.gather(route, dispatcher.reduce(route, received.rows)).wait()[0]
         expert_X = torch.repeat_interleave(torch.arange(len(received.counts)), torch.tensor(received.counts))
         expert_X += rank * dispatcher.local_experts
         # Expert e multiplies by e + 1; its router weight's gradient, with dy = x, is (e + 1) |x|^2.
         factor_X = (expert_X + 1).double()
         out_X = received.rows * (factor_X * received.weights_X)[:, None]
-        got["experts"] = dispatcher.gather(route, out_X).wait()[0]
+        got["experts"] = dispatcher.gather(route, dispatcher.reduce(route, out_X)).wait()[0]
         dy_X = dispatcher.scatter(route, g.x_TD).wait().rows
         dweights_X = factor_X * (dy_X * received.rows).sum(1)
-        got["dx"], got["dweights"] = dispatcher.gather(route, dy_X, dweights_X).wait()
+        got["dx"], got["dweights"] = dispatcher.gather(route, dispatcher.reduce(route, dy_X, dweights_X)).wait()
         # A number that names expert, rank and token comes back to its token and slot.
         named_X = dispatcher.scatter(route, codes(rank, len(g.x_TD))[:, None]).wait().rows[:, 0] + 10_000 * expert_X
-        got["named"] = dispatcher.gather(route, named_X[:, None], named_X).wait()[1]
+        got["named"] = dispatcher.gather(route, dispatcher.reduce(route, named_X[:, None], named_X)).wait()[1]
         y_X = torch.randn(received.rows.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
         got["scatter_dot"] = (received.rows * y_X).sum()
-        got["gather_dot"] = (g.x_TD * dispatcher.gather(route, y_X).wait()[0]).sum()
+        got["gather_dot"] = (g.x_TD * dispatcher.gather(route, dispatcher.reduce(route, y_X)).wait()[0]).sum()
         # FP8, as dispatch forward (weights travel along, in another layer's route) and as combine backward.
         eight = quantize_rows(g.x_TD, power_of_two=True)
         second = dispatcher.plan(g.index_TK)
@@ -81,7 +81,7 @@ def movements(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
         got["fp8_plain"] = as_bytes(second_move.wait().rows)  # waited for in the other order
         arrived = first_move.wait()
         got["fp8"], got["fp8_weights"] = as_bytes(arrived.rows), arrived.weights_X
-        low = dispatcher.gather(route, received.rows.bfloat16()).wait()[0]
+        low = dispatcher.gather(route, dispatcher.reduce(route, received.rows.bfloat16())).wait()[0]
         got["bfloat16"] = low.dtype
         found[scenario] = got
     return found
@@ -187,7 +187,8 @@ def test_a_rank_sums_in_float32() -> None:
     dispatcher = AllToAllDispatcher(EXPERTS, None)
     route = dispatcher.plan(torch.tensor([[0, 1, 2]]))
     dispatcher.scatter(route, torch.ones(1, 1).bfloat16(), torch.ones(1, 3)).wait()
-    total, _ = dispatcher.gather(route, torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()).wait()
+    reduced = dispatcher.reduce(route, torch.tensor([[256.0], [1.0], [1.0]]).bfloat16())
+    total, _ = dispatcher.gather(route, reduced).wait()
     assert total.item() == 258
 
 
@@ -209,7 +210,7 @@ def test_a_pending_drops_its_tensors_when_waited_for() -> None:
 def test_a_route_needs_its_first_scatter() -> None:
     dispatcher = AllToAllDispatcher(EXPERTS, None)
     with pytest.raises(RuntimeError, match="before its first scatter"):
-        dispatcher.gather(dispatcher.plan(torch.tensor([[0]])), torch.ones(1, 1))
+        dispatcher.reduce(dispatcher.plan(torch.tensor([[0]])), torch.ones(1, 1))
 
 
 def test_experts_must_divide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,5 +229,5 @@ def test_one_row_or_none_of_odd_width(tokens: int) -> None:
     received = dispatcher.scatter(route, quantize_rows(x, power_of_two=True), weights).wait()
     assert torch.equal(received.weights_X, weights[:, 0])
     assert torch.equal(dequantize(received.rows), x)
-    total, dweights = dispatcher.gather(route, torch.ones(tokens, 3), weights[:, 0]).wait()
+    total, dweights = dispatcher.gather(route, dispatcher.reduce(route, torch.ones(tokens, 3), weights[:, 0])).wait()
     assert torch.equal(total, torch.ones(tokens, 3)) and torch.equal(dweights, weights)

@@ -30,17 +30,18 @@ def test_send_layout(index_TK: torch.Tensor, ranks: int) -> None:
         wanted = range(rank * local, (rank + 1) * local)
         mine = [token for token, experts in enumerate(index_TK.tolist()) if any(e in wanted for e in experts)]
         rows += mine
-        counts.append(len(mine))
+        chosen = [e for experts in index_TK.tolist() for e in experts]
+        counts.append([len(mine), *(chosen.count(e) for e in wanted)])
     layout = send_layout(index_TK, local, ranks)
-    assert layout.rows_S.tolist() == rows
-    assert layout.counts_R.tolist() == counts
+    assert layout.rows(len(rows)).tolist() == rows
+    assert layout.counts_RC.tolist() == counts
 
 
 def test_a_token_goes_once_to_a_rank() -> None:
     """Experts 4 to 7 live on rank 1 of 2: a token that wants three of them is one row there, and none on rank 0."""
     layout = send_layout(torch.tensor([[7, 4, 5], [0, 6, 4]]), 4, 2)
-    assert layout.rows_S.tolist() == [1, 0, 1]
-    assert layout.counts_R.tolist() == [1, 2]
+    assert layout.rows(3).tolist() == [1, 0, 1]
+    assert layout.counts_RC.tolist() == [[1, 1, 0, 0, 0], [2, 2, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("index_TK,ranks", CASES)
@@ -54,5 +55,5 @@ def test_receive_layout(index_TK: torch.Tensor, ranks: int) -> None:
             rows += [v for v, _ in found]
             slots += [k for _, k in found]
             counts.append(len(found))
-        layout = receive_layout(index_TK, rank * local, local)
+        layout = receive_layout(index_TK, rank * local, counts)
         assert (layout.rows_X.tolist(), layout.slots_X.tolist(), layout.counts) == (rows, slots, counts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import parallel.pipeline.executor as executor_module
+from parallel.device import HostDevice
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import DEFAULT_ORDER, Program
 from parallel.pipeline.executor import Executor, PeerLost
@@ -95,7 +95,9 @@ def make(
     events: list[Event] = []
     store = WeightGradStore(Sink())
     stages = {key: Scale(key, table.stages, store, events) for key in table.stages_of(rank)}
-    return Executor(table, rank, dict(stages), store, torch.float64, DEFAULT_ORDER, peer), stages, events
+    device = executor_module.HOST
+    executor = Executor(table, rank, dict(stages), store, torch.float64, DEFAULT_ORDER, peer, device)
+    return executor, stages, events
 
 
 def step(table: Table, rank: int, reverse: bool) -> dict[str, Any]:
@@ -105,8 +107,8 @@ def step(table: Table, rank: int, reverse: bool) -> dict[str, Any]:
     works: list[dist.Work] = []
     posted, batch = executor._post, dist.batch_isend_irecv
 
-    def post(given: Post) -> None:
-        events.extend(("post", t) for t in given.transfers)
+    def post(given: Any) -> None:
+        events.extend(("post", t) for t in given.post.transfers)
         posted(given)
 
     def batch_isend_irecv(operations: list[dist.P2POp]) -> list[dist.Work]:
@@ -247,14 +249,19 @@ class Broken(Silent):
         raise RuntimeError("Connection closed by peer [10.0.0.7]:1234\nmore")
 
 
+class Network(HostDevice):
+    """Takes every batch and moves nothing."""
+
+    def __init__(self, work: Silent) -> None:
+        self.work = work
+
+    def transfer(self, operations: list[dist.P2POp]) -> list[Silent]:
+        return [self.work for _ in operations]
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, work: Silent) -> None:
-    network = SimpleNamespace(
-        isend="isend",
-        irecv="irecv",
-        P2POp=lambda kind, tensor, peer, tag: (kind, peer, tag),
-        batch_isend_irecv=lambda operations: [work for _ in operations],
-    )
-    monkeypatch.setattr(executor_module, "dist", network)
+    monkeypatch.setattr(dist, "P2POp", lambda kind, tensor, peer, tag: (kind, peer, tag))
+    monkeypatch.setattr(executor_module, "HOST", Network(work))
 
 
 def alone(*actions: Action) -> Executor:
@@ -328,5 +335,5 @@ def test_a_step_after_a_failed_one_starts_afresh(monkeypatch: pytest.MonkeyPatch
     executor = alone(F0)
     with pytest.raises(RuntimeError, match="0 receives, 1 outputs"):
         executor.run()
-    executor.actions = ()
+    executor._list = []
     executor.run()

@@ -94,13 +94,17 @@ def test_backward_without_a_forward_of_its_own(times: int) -> None:
         segment.backward(store, draw(3, seed=1))
 
 
-def test_run_under_no_grad_still_has_a_backward() -> None:
-    segment, dy = Segment(), draw(3, seed=1)
+def test_keeps_nothing_where_gradients_are_off() -> None:
+    segment, x = Segment(), draw(3, seed=0)
+    kept = StorageWeakRef(x.untyped_storage())
     with torch.no_grad():
-        (y,) = segment.run(lambda x: (x * 2,), draw(3, seed=0))
+        (y,) = segment.run(lambda x: (x * 2,), x)
         assert not torch.is_grad_enabled()
-    (dx,) = segment.backward(WeightGradStore(Sink()), dy)
-    assert not y.requires_grad and torch.equal(dx, 2 * dy)
+    assert torch.equal(y, 2 * x)
+    del x
+    assert kept.expired()
+    with pytest.raises(RuntimeError, match="before its forward"):
+        segment.backward(WeightGradStore(Sink()), y)
 
 
 def watched(segment: Segment, function: Any) -> list[StorageWeakRef]:
