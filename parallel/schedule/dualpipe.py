@@ -34,72 +34,72 @@ from parallel.schedule.transfers import with_transfers
 NEAR, FAR = 0, 1
 
 
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """A compute action before chunks are numbered. A W takes whatever its queue holds, so its side is not read."""
 
     op: Op
     side: int
 
 
-_Slots = list[tuple[_Slot, ...]]
+Slots = list[tuple[Slot, ...]]
 
 
-def dualpipe(stages: int, micro_batches: int) -> Table:
-    """DualPipe over `stages` ranks, `micro_batches` over both directions together.
+def dualpipe(ranks: int, micro_batches: int) -> Table:
+    """DualPipe over `ranks` ranks, `micro_batches` over both directions together.
 
     Exactly DeepSeek's order for M >= 2P-2, the short rule (above) below that. Raises ValueError unless both numbers are
     even and at least 2.
     """
-    if stages < 2 or stages % 2:
-        raise ValueError(f"dualpipe: stages={stages}: must be an even number of at least 2 (ranks are mirrored)")
+    if ranks < 2 or ranks % 2:
+        raise ValueError(f"dualpipe: ranks={ranks}: must be an even number of at least 2 (ranks are mirrored)")
     if micro_batches < 2 or micro_batches % 2:
         raise ValueError(
             f"dualpipe: micro_batches={micro_batches}: must be an even number of at least 2 "
             "(half of them travel in each direction)"
         )
     chunks = micro_batches // 2
-    half = stages // 2
-    full = max(chunks, stages - 1)
+    half = ranks // 2
+    full = max(chunks, ranks - 1)
     computes = []
-    for rank in range(stages):
+    for rank in range(ranks):
         near = 0 if rank < half else 1
-        stage_of = (rank, stages - 1 - rank)
+        stage_of = (rank, ranks - 1 - rank)
         places = ((near, stage_of[near]), (1 - near, stage_of[1 - near]))
-        slots = eight_steps(half, min(rank, stages - 1 - rank), full)
-        computes.append(number(slots, places, skip=full - chunks))
-    rank_of = (tuple(range(stages)), tuple(reversed(range(stages))))
+        slots = eight_steps(half, min(rank, ranks - 1 - rank), full)
+        computes.append(number(slots, places, keep=range(full - chunks, full)))
+    rank_of = (tuple(range(ranks)), tuple(reversed(range(ranks))))
     return with_transfers("dualpipe", micro_batches, rank_of, computes)
 
 
-def eight_steps(half: int, h: int, chunks: int) -> _Slots:
+def eight_steps(half: int, h: int, chunks: int) -> Slots:
     """One rank's list seen from its nearer end, unnumbered; a tuple of two is an overlapped pair (forward, backward).
 
     half: H. h: ranks between this one and its nearer end, below H. chunks: C, of each direction, at least 2H-1.
     """
     rest = half - h - 1
-    f_near, f_far = _Slot(Op.F, NEAR), _Slot(Op.F, FAR)
-    b_near, b_far = _Slot(Op.B, NEAR), _Slot(Op.B, FAR)
-    i_near, i_far = _Slot(Op.I, NEAR), _Slot(Op.I, FAR)
-    weights = (_Slot(Op.W, NEAR),)
+    f_near, f_far = Slot(Op.F, NEAR), Slot(Op.F, FAR)
+    b_near, b_far = Slot(Op.B, NEAR), Slot(Op.B, FAR)
+    i_near, i_far = Slot(Op.I, NEAR), Slot(Op.I, FAR)
+    weights = (Slot(Op.W, NEAR),)
 
-    warm_up: _Slots = [(f_near,)] * (2 * rest)
+    warm_up: Slots = [(f_near,)] * (2 * rest)
     warm_up += [(f_near,), (f_far,)] * (h + 1)
     warm_up += [(i_far,), weights, (f_far,)] * rest
-    steady: _Slots = [(f_near, b_far), (f_far, b_near)] * (chunks - 2 * half + h + 1)
+    steady: Slots = [(f_near, b_far), (f_far, b_near)] * (chunks - 2 * half + h + 1)
     if rest == 0 and steady:
         steady[:1] = [(f_near,), (b_far,)]
     steady += [(b_far,), (f_far, b_near)] * rest
     # DeepSeek's switch from B to I: before the far backward where h is odd, before the near one where it is even
     backwards = [i for _ in range(h + 1) for i in ((b_far, i_far), (b_near, i_near))]
     switch = 2 * ((h + 1) // 2) + (h % 2 == 0)
-    drain: _Slots = [(split if i >= switch else whole,) for i, (whole, split) in enumerate(backwards)]
+    drain: Slots = [(split if i >= switch else whole,) for i, (whole, split) in enumerate(backwards)]
     return warm_up + steady + drain + [weights, (i_near,)] * rest + [weights] * (h + 1)
 
 
-def number(slots: _Slots, places: tuple[tuple[int, int], ...], skip: int) -> list[Compute | Pair]:
+def number(slots: Slots, places: tuple[tuple[int, int], ...], keep: range) -> list[Compute | Pair]:
     """Give slots their chunks: each side's forwards and backwards count up from 0, a W takes the head of the queue.
 
-    places[side]: (direction, stage). skip: so many first chunks of each side are left out, the others move down.
+    places[side]: (direction, stage). keep: chunks of each side that stay, numbered from 0 again.
     """
     counts: dict[tuple[bool, int], int] = {}
     queue: deque[Compute | None] = deque()
@@ -114,7 +114,7 @@ def number(slots: _Slots, places: tuple[tuple[int, int], ...], skip: int) -> lis
                 continue
             chunk = counts.get((op is Op.F, side), 0)
             counts[op is Op.F, side] = chunk + 1
-            compute = Compute(op, *places[side], chunk - skip) if chunk >= skip else None
+            compute = Compute(op, *places[side], chunk - keep.start) if chunk in keep else None
             if op is Op.I:
                 queue.append(compute)
             if compute is not None:

@@ -36,8 +36,11 @@ def test_command_prints_the_figures_and_draws(tmp_path: Path, capsys: pytest.Cap
     [
         ("schedule=dualpipe stages=8 micro_batches=0", "micro_batches=0: must be an even number of at least 2"),
         ("schedule=dualpipe stages=8 micro_batches=21", "micro_batches=21: must be an even number of at least 2"),
-        ("schedule=dualpipe stages=5 micro_batches=20", "stages=5: must be an even number of at least 2"),
-        ("schedule=dualpip stages=8 micro_batches=20", "schedule=dualpip: unknown; allowed: dualpipe, 1f1b, gpipe"),
+        ("schedule=dualpipe stages=5 micro_batches=20", "ranks=5: must be an even number of at least 2"),
+        (
+            "schedule=dualpip stages=8 micro_batches=20",
+            "schedule=dualpip: unknown; allowed: dualpipe, dualpipev, zbv, zb1p, interleaved, 1f1b, gpipe",
+        ),
         ("schedule=1f1b stages=two micro_batches=20", "stages=two: must be a whole number"),
         ("schedule=1f1b stage=2 micro_batches=20", "'stage=2': must be KEY=VALUE with KEY one of schedule, stages"),
         ("schedule=1f1b stages=2", "micro_batches missing"),

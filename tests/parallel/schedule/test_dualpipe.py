@@ -209,6 +209,6 @@ def test_stage_placement() -> None:
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(3, 6), (0, 4), (-2, 4), (4, 0), (4, 7), (4, -2)])
 def test_illegal_sizes_are_named(stages: int, micro_batches: int) -> None:
-    wrong = f"stages={stages}" if stages % 2 or stages < 2 else f"micro_batches={micro_batches}"
+    wrong = f"ranks={stages}" if stages % 2 or stages < 2 else f"micro_batches={micro_batches}"
     with pytest.raises(ValueError, match=f"dualpipe: {wrong}: must be an even number of at least 2"):
         dualpipe(stages, micro_batches)

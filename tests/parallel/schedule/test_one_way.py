@@ -9,7 +9,7 @@ import pytest
 from parallel.schedule.actions import Compute, Op, Payload, Post, Table, Transfer
 from parallel.schedule.boundary import consumed, parts, produced
 from parallel.schedule.checker import check
-from parallel.schedule.registry import SCHEDULES, build
+from parallel.schedule.registry import SCHEDULES, build, stages_per_rank
 from parallel.schedule.simulator import Costs, simulate
 
 UNEVEN = Costs(forward=1.3, backward=2.9, input_grad=1.7, weight_grad=0.9, pair=3.6, send=0.25)
@@ -80,15 +80,18 @@ def test_held_over_time_has_the_peaks_of_the_report(name: str) -> None:
         assert max(entry.queued for entry in held) == report.queue_depth[rank]
         assert (held[-1].live, held[-1].queued) == (0, 0)
         busy = sum(t.end - t.start for t in run.timed[rank])
-        assert busy == 60 and Op.F in {p.op for t in run.timed[rank] for p in parts(t.action)}
+        assert busy == 60 * stages_per_rank(name) and Op.F in {p.op for t in run.timed[rank] for p in parts(t.action)}
 
 
 def test_unknown_schedule_and_bad_numbers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"schedule=dualpip: unknown; allowed: dualpipe, 1f1b, gpipe"):
+    with pytest.raises(
+        ValueError,
+        match=r"schedule=dualpip: unknown; allowed: dualpipe, dualpipev, zbv, zb1p, interleaved, 1f1b, gpipe",
+    ):
         build("dualpip", 2, 2)
     with pytest.raises(ValueError, match=r"1f1b: micro_batches=0: must be at least 1"):
         build("1f1b", 2, 0)
-    with pytest.raises(ValueError, match=r"gpipe: stages=0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"gpipe: ranks=0: must be at least 1"):
         build("gpipe", 0, 2)
 
 
