@@ -43,7 +43,7 @@ def _steps(ranks: int, rank: int, chunks: int) -> Slots:
     """One rank's list before chunks are numbered; `chunks` at least 2P-1."""
     f_near, f_far = (Slot(Op.F, NEAR),), (Slot(Op.F, FAR),)
     i_near, i_far = (Slot(Op.I, NEAR),), (Slot(Op.I, FAR),)
-    weights = (Slot(Op.W, NEAR),)
+    weights: tuple[Slot, ...] = (Slot(Op.W, NEAR),)
     warm_up: Slots = [f_near] * (2 * (ranks - rank) - 1)
     warm_up += [f_far, f_near] * rank
     warm_up += [f_far, i_far, weights] * (ranks - rank)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from parallel.schedule.actions import Action, Compute, Op, Pair, Payload, Post, Table, Transfer
+from parallel.schedule.boundary import parts
 from parallel.schedule.checker import Reason, ScheduleError, check
 from parallel.schedule.dualpipe import dualpipe
 from parallel.schedule.one_f_one_b import one_f_one_b
-from parallel.schedule.registry import build
+from parallel.schedule.registry import SCHEDULES, build
 from parallel.schedule.simulator import Deadlock, simulate
 from parallel.schedule.transfers import forward_only, with_transfers
 
@@ -60,16 +61,75 @@ def test_weight_gradients_out_of_turn() -> None:
     refused(mutate(dualpipe(8, 20), 3, swap), Reason.QUEUE)
 
 
-def test_crossed_sends_pass_by_name_but_not_by_order() -> None:
-    def cross(row: Row) -> None:
-        i = next(i for i, a in enumerate(row) if isinstance(a, Post) and sum(t.send for t in a.transfers) == 2)
-        post = row[i]
-        assert isinstance(post, Post)
-        row[i] = Post(tuple(reversed(post.transfers)))
+def late_send(row: Row) -> Row:
+    """The first send that has a later one to the same peer goes behind that one, in its batch."""
+    sends = [t for action in row if isinstance(action, Post) for t in action.transfers if t.send]
+    first, second = next((a, b) for i, a in enumerate(sends) for b in sends[i + 1 :] if a.peer == b.peer)
+    out: Row = []
+    for action in row:
+        if isinstance(action, Post):
+            kept = tuple(t for t in action.transfers if t != first)
+            action = Post((*kept, first) if second in kept else kept)
+        if action != Post(()):
+            out.append(action)
+    return out
 
-    table = mutate(dualpipe(4, 8), 1, cross)
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_crossed_sends(name: str) -> None:
+    for rank in range(3):
+        assert refused(mutate(build(name, 4, 8), rank, late_send), Reason.CROSSED).rank == rank
+
+
+def test_crossed_sends_pass_by_name_but_not_by_order() -> None:
+    table = mutate(dualpipe(4, 8), 1, late_send)
     simulate(table, mode="gloo")
     assert refused(table, Reason.CROSSED).rank == 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_dropped_action_of_every_schedule(name: str) -> None:
+    """Whatever action is left out, the checker names the first chunk that lacks it."""
+    table = build(name, 2, 4)
+    for rank, row in enumerate(table.actions):
+        for index, action in enumerate(row):
+            if isinstance(action, Post):
+                refused(mutate(table, rank, lambda row, i=index: row[:i] + row[i + 1 :]), Reason.UNMATCHED)
+                continue
+            error = refused(mutate(table, rank, lambda row, i=index: row[:i] + row[i + 1 :]), Reason.MISSING)
+            assert error.rank == rank and isinstance(error.action, Compute)
+            names = [(lost.direction, lost.stage, lost.chunk) for lost in parts(action)]
+            assert (error.action.direction, error.action.stage, error.action.chunk) in names
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in ("gpipe", "1f1b", "interleaved")])
+def test_swapped_input_and_weight_gradient_of_every_schedule(name: str) -> None:
+    table = build(name, 4, 8)
+    for rank, row in enumerate(table.actions):
+        split = next(a for a in reversed(row) if isinstance(a, Compute) and a.op is Op.I)
+
+        def swap(row: Row, i: Compute = split) -> None:
+            here, there = row.index(i), row.index(replace(i, op=Op.W))
+            row[here], row[there] = row[there], row[here]
+
+        assert refused(mutate(table, rank, swap), Reason.QUEUE).rank == rank
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_receive_posted_ahead_of_every_schedule(name: str, ranks: int) -> None:
+    """Rank 0 posts all receives up to its first gradient before anything else: its first send never leaves."""
+
+    def hoist(row: Row) -> Row:
+        receives = [t for action in row if isinstance(action, Post) for t in action.transfers if not t.send]
+        first = next(i for i, t in enumerate(receives) if t.payload is Payload.GRADIENT)
+        ahead = receives[: first + 1]
+        rest = [Post(tuple(t for t in a.transfers if t not in ahead)) if isinstance(a, Post) else a for a in row]
+        return [Post(tuple(ahead)), *(action for action in rest if action != Post(()))]
+
+    table = mutate(build(name, ranks, 2 * ranks), 0, hoist)
+    simulate(table, mode="gloo")
+    refused(table, Reason.DEADLOCK_NCCL)
 
 
 def test_receive_posted_ahead_blocks_nccl_only() -> None:
@@ -146,11 +206,14 @@ def test_other_refusals() -> None:
     refused(mutate(table, 0, pair_of_one_chunk), Reason.PAIR)
 
 
-def test_forward_only() -> None:
-    for name in ("dualpipe", "1f1b", "gpipe"):
-        table = forward_only(build(name, 4, 6))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_forward_only(name: str) -> None:
+    for ranks, micro_batches in ((2, 2), (4, 6), (4, 10)):
+        table = forward_only(build(name, ranks, micro_batches))
         report = check(table, forward_only=True)
-        assert report.peak_chunks == (1, 1, 1, 1)
+        assert report.peak_chunks == (1,) * ranks
+        span = {mode: simulate(table, mode=mode).makespan for mode in ("dependencies", "gloo", "nccl")}
+        assert len(set(span.values())) == 1
         refused(table, Reason.MISSING)
         with pytest.raises(ScheduleError):
-            check(build(name, 4, 6), forward_only=True)
+            check(build(name, ranks, micro_batches), forward_only=True)
