@@ -5,7 +5,7 @@ Shape letters: N tokens, d hidden, D MTP depths, B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ class _ChunkState:
 
 class TransformerStage:
     """A `PipelineStage`. embed: on the first stage, and on the last one when there are MTP depths. key: (direction,
-    stage)."""
+    stage). losses: of the step's chunks, on the last stage."""
 
     def __init__(
         self,
@@ -103,13 +103,13 @@ class TransformerStage:
         self.first, self.output, self.hidden_size = first, output, hidden_size
         self.chunks: list[Chunk] = []
         self.scales = LossScales(0.0, ())
-        self.losses: list[ChunkLosses] = []
+        self.losses: dict[int, ChunkLosses] = {}
         self._states: dict[int, _ChunkState] = {}
 
     def begin_step(self, chunks: list[Chunk], scales: LossScales) -> None:
         """The micro-batches of this stage's direction, in chunk order."""
         self.chunks, self.scales = chunks, scales
-        self.losses = []
+        self.losses = {}
         self._states = {}
 
     def boundary_shape(self, chunk: int) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class TransformerStage:
             yield "output(F)"
             return moving.wait()
         yield "head(F)"
-        yield from self._head_forward(moving.wait(), data, state, self.output)
+        self.losses[chunk] = yield from self._head_forward(moving.wait(), data, state, self.output)
         return None
 
     def _lookup(self, tokens_N: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
@@ -170,7 +170,9 @@ class TransformerStage:
         segment.run(lambda n: (HeadLoss.apply(n, head, labels_N, scale, again, self.ops, "head", losses),), n)
         return losses[0]
 
-    def _head_forward(self, x: torch.Tensor, data: Chunk, state: _ChunkState, output: Output) -> Program:
+    def _head_forward(
+        self, x: torch.Tensor, data: Chunk, state: _ChunkState, output: Output
+    ) -> Generator[str, None, ChunkLosses]:
         n, again = self._normed(state.norm, x, output.norm)
         token_losses = self._loss(state.head, n, again, data.labels_N, self.scales.main)
         geometry = data.context.geometry
@@ -184,7 +186,7 @@ class TransformerStage:
             n, again = self._normed(kept.norm, moving.wait(), depth.module.norm)
             sums.append(self._loss(kept.head, n, again, data.mtp_labels_DN[k], self.scales.mtp[k]).sum())
         mtp_D = torch.stack(sums) if sums else token_losses.new_zeros(0)
-        self.losses.append(ChunkLosses(main_B, mtp_D, data.source_B))
+        return ChunkLosses(main_B, mtp_D, data.source_B)
 
     def _join(self, depth: Depth, tokens_N: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
         """proj [norm(embedding of the token k ahead); norm(state)] (V3 eq. 21, embedding first)."""

@@ -17,12 +17,13 @@ from model.initialize import initial_rows
 from model.latent_attention import Geometry
 from model.names import canonical_shapes
 from model.ops import Ops
-from model.partition import RankModel
+from model.partition import RankModel, stage_layout
 from model.rope import Rotary
 from model.router import update_bias
 from model.segments import ChunkContext
 from model.stage import Chunk, LossScales
 from parallel.config import ParallelConfig
+from parallel.device import HOST, Device
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.optimizer.config import OptimizerConfig
 from parallel.optimizer.contract import OptimizerStep
@@ -32,6 +33,7 @@ from parallel.pipeline.executor import Executor, Measured
 from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.actions import Table
 from parallel.schedule.registry import build
+from parallel.schedule.transfers import forward_only
 from parallel.topology import Groups, Topology
 
 ORDERS = {"default": DEFAULT_ORDER, "published": PUBLISHED_ORDER}
@@ -46,6 +48,15 @@ class StepPlan:
     mtp_weight: float
     balance_weight: float
     bias_update: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of a forward-only step, as in `StepResult`."""
+
+    main: float
+    mtp: tuple[float, ...]
+    source_sums: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -81,17 +92,19 @@ class Engine:
         fp8: bool,
         rank: int,
         sources: int,
+        device: Device = HOST,
     ) -> None:
-        self.config, self.parallel, self.dtype, self.sources = model, parallel, dtype, sources
+        self.config, self.parallel, self.dtype, self.sources, self.device = model, parallel, dtype, sources, device
         self.topology = Topology.of(parallel, rank)
         self.order = ORDERS[parallel.order]
         self._tables: dict[int, Table] = {}
+        self._executors: dict[tuple[int, bool], Executor] = {}
         shape = self.table(2)
-        self.model = RankModel(model, self.topology, shape, parallel.layers_per_stage, dtype)
+        self.model = RankModel(model, self.topology, shape, stage_layout(model, shape, parallel.layout), dtype)
         members = {*self.model.replica_groups(), *self.topology.expert_groups()}
         self.groups = Groups(rank, members, parallel.timeout_seconds)
         mine = next(g for g in self.topology.expert_groups() if rank in g)
-        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, self.groups[mine])
+        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, self.groups[mine], device)
         self.optimizer = Zero1(self.model.specs(), optimizer, self.groups, rank)
         self.store = WeightGradStore(self.optimizer)
         self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps)
@@ -151,34 +164,60 @@ class Engine:
 
     def step(self, batches: dict[tuple[int, int], MicroBatch], micro_batches: int, plan: StepPlan) -> StepResult:
         """Forward, backward and update over `batches` (this rank's, by direction and chunk)."""
-        counts, depths = plan.counts, self.config.mtp_depth
-        mtp = tuple(plan.mtp_weight / (depths * max(c, 1)) for c in counts.mtp[:depths])
-        scales = LossScales(1.0 / max(counts.main, 1), mtp)
-        balance_scale = plan.balance_weight / max(counts.sequences, 1)
-        table = self.table(micro_batches)
-        chunks = {key: self._chunk(batch, balance_scale) for key, batch in batches.items()}
-        per_direction = micro_batches // table.directions
-        for (direction, _), stage in self.stages.items():
-            stage.begin_step([chunks[direction, c] for c in range(per_direction)], scales)
-        for segmented in self.model.segmented.values():
-            segmented.new_step()
+        depths = self.config.mtp_depth
+        mtp = tuple(plan.mtp_weight / (depths * max(c, 1)) for c in plan.counts.mtp[:depths])
+        scales = LossScales(1.0 / max(plan.counts.main, 1), mtp)
+        per_direction = self._begin(batches, micro_batches, scales, plan.balance_weight / max(plan.counts.sequences, 1))
         self.optimizer.begin_step({d: per_direction for d, _ in self.stages})
-        executor = Executor(
-            table,
-            self.topology.pipeline_rank,
-            dict(self.stages),
-            self.store,
-            self.dtype,
-            self.order,
-            self.topology.pipeline_peer,
-        )
+        executor = self._executor(micro_batches, training=True)
         executor.run()
         stepped = self.optimizer.step(plan.learning_rate)
         self.ops.new_step()
         load_LE = self._reduce_load()
         if not stepped.skipped:
             self._update_biases(load_LE, plan.bias_update)
-        return self._reduce_losses(plan, scales, load_LE, stepped, executor.measured)
+        main, mtp_losses, balance, source_sums = self._reduce_losses(plan.counts)
+        weighted = sum(loss * max(c, 1) * s for loss, c, s in zip(mtp_losses, plan.counts.mtp, mtp, strict=False))
+        total = main + balance + weighted
+        return StepResult(main, mtp_losses, balance, total, source_sums, load_LE, stepped, executor.measured)
+
+    def evaluate(
+        self, batches: dict[tuple[int, int], MicroBatch], micro_batches: int, counts: StepCounts
+    ) -> Evaluation:
+        """Forward only: no gradient, no router load, no change of any state."""
+        scales = LossScales(1.0, (1.0,) * self.config.mtp_depth)
+        self._begin(batches, micro_batches, scales, 0.0)
+        self._executor(micro_batches, training=False).run()
+        main, mtp, _, source_sums = self._reduce_losses(counts)
+        return Evaluation(main, mtp, source_sums)
+
+    def _begin(
+        self, batches: dict[tuple[int, int], MicroBatch], micro_batches: int, scales: LossScales, balance_scale: float
+    ) -> int:
+        """Hand every stage its micro-batches; returns how many there are in each direction."""
+        chunks = {key: self._chunk(batch, balance_scale) for key, batch in batches.items()}
+        per_direction = micro_batches // self.table(micro_batches).directions
+        for (direction, _), stage in self.stages.items():
+            stage.begin_step([chunks[direction, c] for c in range(per_direction)], scales)
+        for segmented in self.model.segmented.values():
+            segmented.new_step()
+        return per_direction
+
+    def _executor(self, micro_batches: int, training: bool) -> Executor:
+        key = (micro_batches, training)
+        if key not in self._executors:
+            table = self.table(micro_batches)
+            self._executors[key] = Executor(
+                table if training else forward_only(table),
+                self.topology.pipeline_rank,
+                dict(self.stages),
+                self.store,
+                self.dtype,
+                self.order,
+                self.topology.pipeline_peer,
+                self.device,
+            )
+        return self._executors[key]
 
     def _reduce_load(self) -> torch.Tensor:
         """Every chunk passes every layer on exactly one rank, so a sum over the world counts each token once."""
@@ -197,18 +236,13 @@ class Engine:
             if gamma and f"{name}.router.bias" in biases:
                 update_bias(biases[f"{name}.router.bias"], load_LE[row], gamma)
 
-    def _reduce_losses(
-        self,
-        plan: StepPlan,
-        scales: LossScales,
-        load_LE: torch.Tensor,
-        stepped: OptimizerStep,
-        measured: list[Measured],
-    ) -> StepResult:
+    def _reduce_losses(self, counts: StepCounts) -> tuple[float, tuple[float, ...], float, tuple[float, ...]]:
+        """(main loss, MTP losses, scaled balance loss, main loss summed by source) over the world: each chunk's losses
+        are on one rank, the one that holds the last stage of its direction."""
         depths = self.config.mtp_depth
         sums = torch.zeros(2 + depths + self.sources, dtype=torch.float64)
         for stage in self.stages.values():
-            for losses in stage.losses:
+            for _, losses in sorted(stage.losses.items()):
                 sums[0] += losses.main_B.sum().to(sums.dtype)
                 sums[2 : 2 + depths] += losses.mtp_D.to(sums.dtype)
                 sums[2 + depths :].index_add_(0, losses.source_B, losses.main_B.to(sums.dtype))
@@ -216,11 +250,8 @@ class Engine:
         if self.topology.world_size > 1:
             dist.all_reduce(sums)
         values = sums.tolist()
-        main = values[0] / max(plan.counts.main, 1)
-        mtp = tuple(v / max(c, 1) for v, c in zip(values[2 : 2 + depths], plan.counts.mtp, strict=False))
-        total = main + values[1] + sum(v * s for v, s in zip(values[2 : 2 + depths], scales.mtp, strict=True))
-        source_sums = tuple(values[2 + depths :])
-        return StepResult(main, mtp, values[1], total, source_sums, load_LE, stepped, measured)
+        mtp = tuple(v / max(c, 1) for v, c in zip(values[2 : 2 + depths], counts.mtp, strict=False))
+        return values[0] / max(counts.main, 1), mtp, values[1], tuple(values[2 + depths :])
 
     # State ------------------------------------------------------------------------------------------------------------
 
