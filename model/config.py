@@ -21,7 +21,8 @@ class RopeScaling:
 class ModelConfig:
     """DeepSeek-V3's architecture in numbers (V3 section 4.2; config.json of the released weights).
 
-    q_lora_rank 0 means no query compression. `vocab_size` counts the padded rows.
+    q_lora_rank 0 means no query compression. `vocab_size` counts the padded rows. tie_embeddings: the head is the
+    embedding, one parameter (not in V3).
     """
 
     name: str = "v3"
@@ -47,6 +48,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     init_std: float = 0.006
+    tie_embeddings: bool = False
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 
     @property

@@ -15,7 +15,7 @@ from model.names import is_norm, is_router_bias, layer_shapes
 class ParameterCounts:
     """total: the main model, router biases included (`router_biases` of them), MTP excluded. active: parameters that
     one token uses, with the head and without the input embedding. mtp: all MTP depths without their shared embedding
-    and head. parts: `total` by part.
+    and head. parts: `total` by part; a head tied to the embedding counts as embedding.
     """
 
     total: int
@@ -54,7 +54,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     dense, moe = _layer_parts(config, False), _layer_parts(config, True)
     dense_layers = config.first_dense_layers
     moe_layers = config.num_layers - dense_layers
-    parts = {"embedding": V * d, "head": V * d, "norms": d}
+    parts = {"embedding": V * d, "head": 0 if config.tie_embeddings else V * d, "norms": d}
     for name in dense.keys() | moe.keys():
         parts[name] = parts.get(name, 0) + dense_layers * dense.get(name, 0) + moe_layers * moe.get(name, 0)
     active = dense_layers * sum(dense.values()) + moe_layers * _active(moe, config) + d + V * d
@@ -100,6 +100,39 @@ def training_flops_per_token(
     scores = 6.0 * attention_layers * config.num_heads * (config.qk_head_dim + config.v_head_dim) * length
     flops["attention_scores"] = scores / 2 if causal else scores
     return flops | {"total": sum(flops.values())}
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Floating-point operations of forward and backward per token. embedding: a lookup, 0. mtp: one depth with its
+    projection, layer and head."""
+
+    dense_layer: float
+    moe_layer: float
+    embedding: float
+    head: float
+    mtp: float
+
+    def layers(self, config: ModelConfig) -> list[float]:
+        """Of each main layer in order."""
+        dense = config.first_dense_layers
+        return [self.dense_layer] * dense + [self.moe_layer] * (config.num_layers - dense)
+
+    def output(self, config: ModelConfig) -> float:
+        """Of what follows the last layer: head and all MTP depths."""
+        return self.head + config.mtp_depth * self.mtp
+
+
+def part_flops(config: ModelConfig, length: int, causal: bool = True) -> PartFlops:
+    """`training_flops_per_token` by where it is computed, with MTP: the parts of a layout add up to its total."""
+    scores = 6.0 * config.num_heads * (config.qk_head_dim + config.v_head_dim) * length
+
+    def layer(moe: bool) -> float:
+        parts = _layer_parts(config, moe)
+        return 6.0 * (_active(parts, config) - parts["norms"] - parts.get("router_biases", 0)) + scores / (1 + causal)
+
+    head, projection = 6.0 * config.vocab_size * config.hidden_size, 12.0 * config.hidden_size**2
+    return PartFlops(layer(False), layer(True), 0.0, head, projection + layer(True) + head)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:

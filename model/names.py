@@ -51,13 +51,15 @@ def layer_shapes(config: ModelConfig, moe: bool) -> Shapes:
 
 
 def canonical_shapes(config: ModelConfig) -> Shapes:
-    """Every canonical tensor of the model, router biases and MTP included, in the model's order."""
+    """Every canonical tensor of the model, router biases and MTP included, in the model's order. A head tied to the
+    embedding is `embed`.
+    """
     V, d = config.vocab_size, config.hidden_size
     shapes: Shapes = {"embed": (V, d)}
     for i in range(config.num_layers):
         layer = layer_shapes(config, moe=i >= config.first_dense_layers)
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes |= {"norm": (d,), "head": (V, d)}
+    shapes |= {"norm": (d,)} if config.tie_embeddings else {"norm": (d,), "head": (V, d)}
     for k in range(config.mtp_depth):
         shapes |= {f"mtp.{k}.embed_norm": (d,), f"mtp.{k}.hidden_norm": (d,), f"mtp.{k}.proj": (d, 2 * d)}
         shapes |= {f"mtp.{k}.layer.{name}": shape for name, shape in layer_shapes(config, moe=True).items()}

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
+from model.count import part_flops
 from model.layer import TransformerLayer
 from model.mtp import MultiTokenPrediction
 from model.names import decays, module_parts, parts_of
 from model.ops import Ops
 from model.segments import SegmentedLayer
 from model.stage import Depth, Output, TransformerStage
+from parallel.balance import balanced_split
 from parallel.expert.contract import Dispatcher
+from parallel.layout import Layout, check, edges, make_layout, parse
 from parallel.optimizer.contract import ParameterSpec
 from parallel.schedule.actions import Table
 from parallel.topology import Topology
@@ -29,9 +32,7 @@ def split_layers(layers: int, stages: int, given: list[int]) -> list[tuple[int, 
     """
     if given:
         if len(given) != stages or sum(given) != layers or min(given) < 1:
-            raise ValueError(
-                f"parallel.layers_per_stage: {given} must name {stages} stages of 1 layer or more, {layers} in all"
-            )
+            raise ValueError(f"layers per stage: {given} must name {stages} stages of 1 layer or more, {layers} in all")
         sizes = given
     else:
         if layers < stages:
@@ -43,10 +44,30 @@ def split_layers(layers: int, stages: int, given: list[int]) -> list[tuple[int, 
     return list(pairwise(edges))
 
 
+def stage_layout(config: ModelConfig, table: Table, text: str) -> Layout:
+    """The stages that `text` says, or where it is empty the split whose largest rank load is smallest, by FLOPs at the
+    length before any extension (a run keeps one layout).
+
+    Raises ValueError, one line, for a text that is not a layout or does not fit model and table.
+    """
+    if not text.strip():
+        flops = part_flops(config, config.rope_scaling.original_length)
+        sizes = balanced_split(flops.layers(config), flops.embedding, flops.output(config), table.rank_of)
+        return make_layout(sizes, config.mtp_depth)
+    try:
+        layout = parse(text)
+        check(layout, table.stages, config.num_layers, config.mtp_depth)
+    except ValueError as error:
+        raise ValueError(f"parallel.{error}") from None
+    return layout
+
+
 class RankModel(nn.Module):
     """The modules of one rank. A component that serves two stages (embedding on first and last) is one tensor.
 
-    Attributes: embed, head, norm (or None), layers {index: TransformerLayer}, mtp [MultiTokenPrediction].
+    Attributes: embed, head, norm (or None; a tied head is `embed` itself), layers {index: TransformerLayer}, mtp
+    [MultiTokenPrediction], split ([first, last) layers of each stage). Raises ValueError when layout, table and model
+    do not fit.
     """
 
     embed: nn.Parameter | None
@@ -58,12 +79,13 @@ class RankModel(nn.Module):
         config: ModelConfig,
         topology: Topology,
         table: Table,
-        layers_per_stage: list[int],
+        layout: Layout,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.config, self.topology, self.table, self.dtype = config, topology, table, dtype
-        self.split = split_layers(config.num_layers, table.stages, layers_per_stage)
+        check(layout, table.stages, config.num_layers, config.mtp_depth)
+        self.layout, self.split = layout, edges(layout)
         if config.num_routed_experts % topology.expert:
             raise ValueError(
                 f"parallel.expert: {topology.expert} does not divide the model's {config.num_routed_experts} experts"
@@ -77,8 +99,9 @@ class RankModel(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype)) if held else None
 
         self.embed = parameter("embed" in mine, V, d)
-        self.head = parameter("head" in mine, V, d)
-        self.norm = parameter("head" in mine, d)
+        tied = config.tie_embeddings and "norm" in mine
+        self.head = self.embed if tied else parameter("head" in mine, V, d)
+        self.norm = parameter("norm" in mine, d)
         self.layers = nn.ModuleDict(
             {
                 str(i): TransformerLayer(config, i >= config.first_dense_layers, experts, dtype)
@@ -86,7 +109,7 @@ class RankModel(nn.Module):
                 if f"layers.{i}" in mine
             }
         )
-        depth = config.mtp_depth if "head" in mine else 0
+        depth = config.mtp_depth if "norm" in mine else 0
         self.mtp = nn.ModuleList(MultiTokenPrediction(config, experts, dtype) for _ in range(depth))
         self.segmented: dict[str, SegmentedLayer] = {}
         self.stages: dict[tuple[int, int], TransformerStage] = {}
@@ -95,12 +118,13 @@ class RankModel(nn.Module):
 
     def _stage_components(self, stage: int) -> list[tuple[str, int]]:
         """(component, weight-gradient contributions per chunk) of one stage."""
-        D, last = self.config.mtp_depth, self.table.stages - 1
+        at, D = self.layout[stage], self.config.mtp_depth
         found = [(f"layers.{i}", 1) for i in range(*self.split[stage])]
-        if stage == 0:
+        if at.embedding:
             found.append(("embed", 1))
-        if stage == last:
-            found += [("head", 1 + D), ("norm", 1)] + [(f"mtp.{k}", 1) for k in range(D)]
+        if at.output:
+            head = "embed" if self.config.tie_embeddings else "head"
+            found += [(head, 1 + D), ("norm", 1)] + [(f"mtp.{k}", 1) for k in range(D)]
             if D:
                 found.append(("embed", D))
         return found
@@ -142,7 +166,8 @@ class RankModel(nn.Module):
     def specs(self) -> list[ParameterSpec]:
         """One per parameter of this rank, in canonical order."""
         found: list[ParameterSpec] = []
-        for name, parameter in (("embed", self.embed), ("norm", self.norm), ("head", self.head)):
+        tied = self.config.tie_embeddings
+        for name, parameter in (("embed", self.embed), ("norm", self.norm), ("head", None if tied else self.head)):
             if parameter is not None:
                 parts = parts_of(name, tuple(parameter.shape), "", 0)
                 bucket = "embed" if name == "embed" else "output"
@@ -180,7 +205,7 @@ class RankModel(nn.Module):
         for direction, stage in self.table.stages_of(self.topology.pipeline_rank):
             layers = [segmented(f"layers.{i}", self.layers[str(i)]) for i in range(*self.split[stage])]  # type: ignore[arg-type]
             output = None
-            if stage == self.table.stages - 1:
+            if self.layout[stage].output:
                 assert self.norm is not None and self.head is not None
                 depths = [
                     Depth(depth, segmented(f"mtp.{k}.layer", depth.layer))  # type: ignore[arg-type]
@@ -189,6 +214,6 @@ class RankModel(nn.Module):
                 output = Output(self.norm, self.head, depths)
             key = (direction, stage)
             self.stages[key] = TransformerStage(
-                key, ops, layers, self.embed, stage == 0, output, self.config.hidden_size
+                key, ops, layers, self.embed, self.layout[stage].embedding, output, self.config.hidden_size
             )
         return self.stages

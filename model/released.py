@@ -54,7 +54,6 @@ FIXED = {
     "model_type": "deepseek_v3",
     "hidden_act": "silu",
     "attention_bias": False,
-    "tie_word_embeddings": False,
     "norm_topk_prob": True,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -97,7 +96,7 @@ def _layer_entries(config: ModelConfig, moe: bool, released: str, canonical: str
 
 def released_entries(config: ModelConfig) -> list[Entry]:
     """Every tensor of the folder in order; MTP depth k is layer `num_layers + k`, with its copies of embedding and
-    head.
+    head. A head tied to the embedding has no tensor of its own.
     """
     V, d = config.vocab_size, config.hidden_size
 
@@ -107,7 +106,10 @@ def released_entries(config: ModelConfig) -> list[Entry]:
     entries = [whole("embed_tokens", "embed", V, d)]
     for i in range(config.num_layers):
         entries += _layer_entries(config, i >= config.first_dense_layers, f"model.layers.{i}.", f"layers.{i}.")
-    entries += [whole("norm", "norm", d), whole("lm_head", "head", V, d)]
+    head = "embed" if config.tie_embeddings else "head"
+    entries.append(whole("norm", "norm", d))
+    if not config.tie_embeddings:
+        entries.append(whole("lm_head", head, V, d))
     for k in range(config.mtp_depth):
         place = f"layers.{config.num_layers + k}"
         entries += [
@@ -119,7 +121,7 @@ def released_entries(config: ModelConfig) -> list[Entry]:
         entries += _layer_entries(config, True, f"model.{place}.", f"mtp.{k}.layer.")
         entries += [
             whole(f"{place}.shared_head.norm", f"mtp.{k}.norm", d),
-            whole(f"{place}.shared_head.head", "head", V, d),
+            whole(f"{place}.shared_head.head", head, V, d),
         ]
     return entries
 
@@ -148,6 +150,7 @@ def released_config(config: ModelConfig, length: int, dtype: str, bos_id: int, e
     values |= {released: getattr(config, name) for name, released in CONFIG_NAMES.items()}
     values |= {
         "q_lora_rank": config.q_lora_rank or None,
+        "tie_word_embeddings": config.tie_embeddings,
         "num_key_value_heads": config.num_heads,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
@@ -211,4 +214,6 @@ def model_config(values: dict[str, Any], source: str) -> tuple[ModelConfig, int]
         )
     numbers = {name: values[released] for name, released in CONFIG_NAMES.items()}
     numbers["q_lora_rank"] = numbers["q_lora_rank"] or 0
-    return ModelConfig(name="imported", rope_theta=float(theta), rope_scaling=scaling, **numbers), length
+    tied = bool(values.get("tie_word_embeddings", False))
+    found = ModelConfig(name="imported", rope_theta=float(theta), rope_scaling=scaling, tie_embeddings=tied, **numbers)
+    return found, length

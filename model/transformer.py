@@ -47,7 +47,11 @@ class Losses:
 
 
 class Transformer(nn.Module):
-    """embed [V, d], layers, norm [d], head [V, d], mtp. Parameters are uninitialised; see `model.initialize`."""
+    """embed [V, d], layers, norm [d], head [V, d] (None where `embed` is the head), mtp. Parameters are uninitialised;
+    see `model.initialize`.
+    """
+
+    head: nn.Parameter | None
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -61,7 +65,8 @@ class Transformer(nn.Module):
             for layer in range(config.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
-        self.head = nn.Parameter(torch.empty(V, d, dtype=dtype, device=device))
+        tied = config.tie_embeddings
+        self.head = None if tied else nn.Parameter(torch.empty(V, d, dtype=dtype, device=device))
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(config, dtype=dtype, device=device) for _ in range(config.mtp_depth)
         )
@@ -91,14 +96,15 @@ class Transformer(nn.Module):
             if statistics is not None:
                 moe[f"layers.{i}"] = statistics
         hidden_BTd = rms_norm(x_BTd, self.norm, self.config.rms_norm_eps)
-        logits_BTV = F.linear(hidden_BTd, self.head)
+        head = self.embed if self.head is None else self.head
+        logits_BTV = F.linear(hidden_BTd, head)
         mtp_logits: list[torch.Tensor] = []
         if mtp_tokens_DBT is not None:
             for k, depth in enumerate(self.mtp):
                 embedded_BTd = F.embedding(mtp_tokens_DBT[k], self.embed)
                 hidden_BTd, statistics = depth(hidden_BTd, embedded_BTd, cos_TP, sin_TP, rotary.softmax_scale, real_BT)
                 moe[f"mtp.{k}.layer"] = statistics
-                mtp_logits.append(F.linear(hidden_BTd, self.head))
+                mtp_logits.append(F.linear(hidden_BTd, head))
         return Output(logits_BTV, mtp_logits, moe)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
@@ -10,9 +10,10 @@ class ParallelConfig:
     """world size = pipeline x expert x data. Rank = (data * pipeline + pipeline_rank) * expert + expert_rank, so that
     an expert group is contiguous (one node).
 
-    layers_per_stage: layers of each pipeline stage; empty means as even as possible, earlier stages first (the last
-    one also carries head and MTP). order: `default` or `published` (see parallel/pipeline/contract.py).
-    timeout_seconds: of every collective.
+    layout: layers of each pipeline stage (see parallel/layout.py), such as `Ett|(ttt|)*2tmL`; empty means the split
+    whose largest rank load is smallest. stages_per_rank: pipeline stages of one direction on a rank; 0 means the
+    schedule's own. order: `default` or `published` (see parallel/pipeline/contract.py). timeout_seconds: of every
+    collective.
     """
 
     pipeline: int = 1
@@ -20,7 +21,8 @@ class ParallelConfig:
     data: int = 1
     schedule: str = "1f1b"
     order: str = "default"
-    layers_per_stage: list[int] = field(default_factory=list)
+    stages_per_rank: int = 0
+    layout: str = ""
     timeout_seconds: float = 300.0
 
     @property

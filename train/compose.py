@@ -16,6 +16,7 @@ from data.compose import compose_dataclass
 from data.errors import DataError
 from kernels.quantize import WIDTH_MULTIPLE
 from model.config import ModelConfig, config_problems
+from model.partition import stage_layout
 from parallel.optimizer.config import DTYPES
 from parallel.schedule.registry import build
 from train.config import RunConfig, StageConfig
@@ -51,13 +52,8 @@ def problems_of(config: RunConfig) -> list[str]:
         found.append(f"parallel.order: found '{p.order}', allowed default, published")
     if m.num_routed_experts % p.expert:
         found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
-    if m.num_layers < p.pipeline:
-        found.append(f"parallel.pipeline: found {p.pipeline}, allowed at most the model's {m.num_layers} layers")
-    if p.layers_per_stage and (len(p.layers_per_stage) != p.pipeline or sum(p.layers_per_stage) != m.num_layers):
-        found.append(
-            f"parallel.layers_per_stage: found {p.layers_per_stage}, allowed {p.pipeline} numbers adding up to "
-            f"{m.num_layers}"
-        )
+    if p.stages_per_rank < 0:
+        found.append(f"parallel.stages_per_rank: found {p.stages_per_rank}, allowed 0 or more")
     if config.precision.compute not in COMPUTE:
         found.append(f"precision.compute: found '{config.precision.compute}', allowed {', '.join(COMPUTE)}")
     if config.precision.fp8 and config.precision.compute != "bfloat16":
@@ -101,7 +97,7 @@ def problems_of(config: RunConfig) -> list[str]:
             found.append(f"stages: name '{name}', allowed letters, digits, _ and -, and not 'initial'")
     for i, stage in enumerate(config.stages):
         found += _stage_problems(config, stage, f"stages.{i}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _fp8_problems(m: ModelConfig) -> list[str]:
@@ -153,9 +149,15 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
             )
             continue
         try:
-            build(config.parallel.schedule, config.parallel.pipeline, per_pipeline)
+            table = build(config.parallel.schedule, config.parallel.pipeline, per_pipeline)
         except ValueError as error:
             found.append(f"{at}.sequences: {wanted.value:g} gives {per_pipeline} micro-batches per pipeline: {error}")
+            continue
+        if config.parallel.layout:
+            try:
+                stage_layout(config.model, table, config.parallel.layout)
+            except ValueError as error:
+                found.append(str(error))
     return found
 
 

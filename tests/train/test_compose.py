@@ -85,9 +85,12 @@ def test_all_problems_in_one_line() -> None:
     "key,value,wanted",
     [
         ("parallel.pipeline", 0, "parallel.pipeline: found 0, allowed 1 or more"),
-        ("parallel.pipeline", 8, "parallel.pipeline: found 8, allowed at most the model's 4 layers"),
-        ("parallel.layers_per_stage", [1, 2], "parallel.layers_per_stage: found [1, 2]"),
-        ("parallel.layers_per_stage", [4], "parallel.layers_per_stage: found [4]"),
+        ("parallel.stages_per_rank", -1, "parallel.stages_per_rank: found -1, allowed 0 or more"),
+        ("parallel.layout", "Et*3|mL", "parallel.layout 'Et*3|mL': found 3 transformer layers (t), allowed 4"),
+        ("parallel.layout", "Et*4mL", "parallel.layout 'Et*4mL': found 1 stages, allowed 2"),
+        ("parallel.layout", "Ettt|t|mL", "parallel.layout 'Et*3|t|mL': found 3 stages, allowed 2"),
+        ("parallel.layout", "Ett|ttL", "parallel.layout 'Ett|ttL': found 0 MTP depths (m), allowed 1"),
+        ("parallel.layout", "Ett|ttm", "position 8: found the last stage ends without L"),
         ("parallel.schedule", "zigzag", "zigzag"),
         ("stages.0.sequences", [StepValue(10, 20)], "stages.0.sequences: found 20"),  # not 2 replicas of 8
         ("stages.0.sequences", [StepValue(10, 48)], "stages.0.sequences: 48 gives 3 micro-batches"),
