@@ -1,0 +1,184 @@
+"""What a chunk keeps on a rank, tensor by tensor: after its forward (F), and between I and W.
+
+Each entry is named after what it is and counts the storage that the code keeps alive, views included: it follows
+`model/segments.py`, `model/ops.py`, `model/latent_attention.py`, `model/stage.py` and the dispatcher's route, and a
+test compares it with the storages that they really keep.
+
+Letters: N tokens, X expanded rows, d hidden, H heads.
+"""
+
+from __future__ import annotations
+
+from kernels.tiles import TILE, tile_count
+from launch.ledger.choices import Choices
+from launch.ledger.layout import Contents
+from launch.ledger.load import Load
+from model.config import ModelConfig
+
+Bytes = dict[str, int]
+BF16, FP32, INT64 = 2, 4, 8
+
+
+def rows_fp8(rows: int, width: int) -> int:
+    """E4M3 codes and FP32 scales of 1x128 tiles."""
+    return rows * width + FP32 * rows * tile_count(width, TILE)
+
+
+def columns_fp8(rows: int, width: int) -> int:
+    """The same of tiles along tokens."""
+    return rows * width + FP32 * width * tile_count(rows, TILE)
+
+
+def kept_rows(rows: int, width: int, choices: Choices) -> int:
+    """A cached activation."""
+    return rows_fp8(rows, width) if choices.fp8 else BF16 * rows * width
+
+
+def attention_output(config: ModelConfig, N: int, choices: Choices) -> int:
+    width = config.num_heads * config.v_head_dim
+    if not choices.fp8:
+        return BF16 * N * width
+    codes = N * width * 3 // 2 if choices.attention_output == "packed" else BF16 * N * width
+    return codes + FP32 * N * tile_count(width, TILE)
+
+
+def _attention_inputs(config: ModelConfig, N: int, choices: Choices) -> Bytes:
+    """What the weight gradients of the attention segment compute their operands from."""
+    query = config.q_lora_rank
+    found = {
+        "residual into attention": BF16 * N * config.hidden_size,
+        "residual into MLP": BF16 * N * config.hidden_size,
+        "latent keys and values": BF16 * N * (config.kv_lora_rank + config.qk_rope_head_dim),
+        "attention output": attention_output(config, N, choices),
+    }
+    if query:
+        found["latent queries"] = BF16 * N * query
+    return found
+
+
+def _kept_instead_of_recomputed(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> int:
+    """Results of RMSNorm, up-projections and SwiGLU, as the weight gradients and attention's backward take them."""
+    N, d, H = load.tokens, config.hidden_size, config.num_heads
+    inner = config.num_shared_experts * config.moe_intermediate_size if moe else config.intermediate_size
+    widths = [d, d, config.q_lora_rank, config.kv_lora_rank, inner]
+    found = sum(columns_fp8(N, w) if choices.fp8 else BF16 * N * w for w in widths if w)
+    if moe:
+        f = config.moe_intermediate_size
+        found += columns_fp8(load.padded, f) if choices.fp8 else BF16 * load.expanded * f
+    return found + BF16 * N * H * (2 * config.qk_head_dim + config.v_head_dim)
+
+
+def _queries_without_rank(config: ModelConfig, N: int) -> int:
+    """Without query compression the queries themselves are the latent."""
+    return 0 if config.q_lora_rank else BF16 * N * config.num_heads * config.qk_head_dim
+
+
+def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> Bytes:
+    """One layer between a chunk's F and its backward."""
+    N, X, K, E = load.tokens, load.expanded, config.experts_per_token, config.num_routed_experts
+    f = config.moe_intermediate_size
+    found = _attention_inputs(config, N, choices)
+    found["queries"] = _queries_without_rank(config, N)
+    found["softmax statistics"] = FP32 * N * config.num_heads
+    if not moe:
+        found["SwiGLU input"] = kept_rows(N, 2 * config.intermediate_size, choices)
+    else:
+        compact = choices.indices == "compact"
+        found["SwiGLU input, shared"] = kept_rows(N, 2 * config.num_shared_experts * f, choices)
+        found["rows dispatched here"] = kept_rows(X, config.hidden_size, choices)
+        found["SwiGLU input, routed"] = kept_rows(X, 2 * f, choices)
+        found["router weights of rows"] = FP32 * X
+        # Scores, chosen scores, three sums or masks per token, two constants per sequence (of experts, of tokens).
+        found["router"] = FP32 * (N * (E + K + 3) + load.sequences * (E + 1))
+        found["indices"] = INT64 * (N * (K if compact else E) + load.moved + 2 * X)
+    if choices.recompute == "off":
+        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices)
+    return {name: size for name, size in found.items() if size}
+
+
+def layer_after_input_gradient(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> Bytes:
+    """One layer between I and W: operands of the weight gradients that wait."""
+    N, X, d, H = load.tokens, load.expanded, config.hidden_size, config.num_heads
+    f, query, latent = config.moe_intermediate_size, config.q_lora_rank, config.kv_lora_rank
+
+    def gradient(width: int) -> int:
+        return columns_fp8(N, width) if choices.fp8 else BF16 * N * width
+
+    def gradient_of_rows(width: int) -> int:
+        return columns_fp8(load.padded, width) if choices.fp8 else BF16 * X * width
+
+    found = _attention_inputs(config, N, choices)
+    found["gradient of latents"] = gradient(query) + gradient(latent + config.qk_rope_head_dim)
+    found["gradient of queries"] = gradient(H * config.qk_head_dim)
+    found["gradient of keys and values"] = gradient(H * (config.qk_nope_head_dim + config.v_head_dim))
+    found["gradient of attention's result"] = gradient(d)
+    found["gradient of norms"] = FP32 * (2 * d + query + latent)
+    inner = config.num_shared_experts * f if moe else config.intermediate_size
+    found["SwiGLU input, shared" if moe else "SwiGLU input"] = kept_rows(N, 2 * inner, choices)
+    found["gradient of SwiGLU input"] = gradient(2 * inner)
+    found["gradient of the MLP's result"] = gradient(d)
+    if moe:
+        found["rows dispatched here"] = kept_rows(X, d, choices)
+        found["SwiGLU input, routed"] = kept_rows(X, 2 * f, choices)
+        found["router weights of rows"] = FP32 * X
+        found["gradient of SwiGLU input, routed"] = gradient_of_rows(2 * f)
+        found["gradient of the experts' result"] = gradient_of_rows(d)
+        found["gradient of router logits"] = FP32 * N * config.num_routed_experts
+    if choices.recompute == "off":
+        attention_core = BF16 * N * H * (2 * config.qk_head_dim + config.v_head_dim)
+        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices) - attention_core
+    return {name: size for name, size in found.items() if size}
+
+
+def _logits(config: ModelConfig, N: int, choices: Choices, queued: bool) -> int:
+    """Of one use of the head: the gradient of all logits, or with pieces that of the head's input until I."""
+    if choices.logits == "chunked":
+        return 0 if queued else BF16 * N * config.hidden_size
+    return BF16 * N * config.vocab_size
+
+
+def _output(config: ModelConfig, D: int, N: int, choices: Choices, queued: bool) -> Bytes:
+    """Final norm, head and D MTP depths without their layers."""
+    d = config.hidden_size
+    state = BF16 * N * d
+    found = {
+        "gradient of logits": (1 + D) * _logits(config, N, choices, queued),
+        "residual into final norms": (1 + D) * state,
+        "MTP: embeddings and states joined": 2 * D * state,
+    }
+    if queued:
+        # Of the projection's result and of the embedding looked up; the gains of both norms of a join and of the final.
+        found["MTP: gradients"] = 2 * D * state
+        found["gradient of norms"] = FP32 * d * (1 + 3 * D)
+    return found
+
+
+def _add(total: Bytes, more: Bytes, times: int = 1) -> None:
+    for name, size in more.items():
+        total[name] = total.get(name, 0) + times * size
+
+
+def stage_after_forward(config: ModelConfig, contents: Contents, load: Load, choices: Choices) -> Bytes:
+    """A whole stage between F and backward."""
+    found: Bytes = {}
+    for moe, layers in ((False, contents.dense), (True, contents.moe)):
+        if layers:
+            _add(found, layer_after_forward(config, moe, load, choices), layers)
+    if contents.head:
+        _add(found, _output(config, contents.mtp, load.tokens, choices, queued=False))
+        _add(found, layer_after_forward(config, True, load, choices), contents.mtp)
+    return {name: size for name, size in found.items() if size}
+
+
+def stage_after_input_gradient(config: ModelConfig, contents: Contents, load: Load, choices: Choices) -> Bytes:
+    """A whole stage between I and W."""
+    found: Bytes = {}
+    for moe, layers in ((False, contents.dense), (True, contents.moe)):
+        if layers:
+            _add(found, layer_after_input_gradient(config, moe, load, choices), layers)
+    if contents.head:
+        _add(found, _output(config, contents.mtp, load.tokens, choices, queued=True))
+        _add(found, layer_after_input_gradient(config, True, load, choices), contents.mtp)
+    if contents.embed:
+        _add(found, {"gradient of embeddings": BF16 * load.tokens * config.hidden_size})
+    return {name: size for name, size in found.items() if size}

@@ -1,0 +1,138 @@
+"""What a rank holds all step long: weights, gradient accumulators, and its share of masters and moments.
+
+Follows `model/partition.py` (who holds what), `parallel/optimizer/bucket.py` (buffers) and `Ops.weight` (FP8 copies);
+a test compares it with real buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from kernels.tiles import TILE, tile_count
+from launch.ledger.choices import Choices
+from launch.ledger.layout import Contents
+from model.config import ModelConfig
+from model.names import is_router_bias, layer_shapes
+from parallel.optimizer.assignment import assign_rows, canonical_key
+from parallel.optimizer.bucket import PIECE_UNIT
+from parallel.optimizer.zero1 import GATHERS_IN_FLIGHT
+from parallel.schedule.actions import Table
+
+BF16, FP32 = 2, 4
+Shape = tuple[int, ...]
+FP8_PARTS = ("q", "q_a", "q_b", "kv_a", "kv_b", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one gradient bucket on a rank, by canonical name, and how many ranks share them. piece: elements that
+    each owner holds, padding included."""
+
+    name: str
+    tensors: tuple[tuple[str, Shape], ...]
+    owners: int
+
+    @property
+    def elements(self) -> int:
+        return sum(prod(shape) for _, shape in self.tensors)
+
+    @property
+    def fp8_elements(self) -> int:
+        """Of weights whose products take FP8."""
+        return sum(prod(shape) for name, shape in self.tensors if in_fp8(name))
+
+    @property
+    def fp8_scales(self) -> int:
+        return sum(prod(tile_count(n, TILE) for n in shape) for name, shape in self.tensors if in_fp8(name))
+
+    @property
+    def piece(self) -> int:
+        ordered = sorted(self.tensors, key=lambda tensor: canonical_key(tensor[0]))
+        return _piece(tuple((shape[0], prod(shape[1:])) for _, shape in ordered), self.owners)
+
+
+@lru_cache(4096)
+def _piece(shapes: tuple[tuple[int, int], ...], owners: int) -> int:
+    loads = [sum((r.last - r.first) * shapes[r.index][1] for r in owned) for owned in assign_rows(shapes, owners)]
+    return -(-max(loads) // PIECE_UNIT) * PIECE_UNIT
+
+
+def in_fp8(name: str) -> bool:
+    """Whether the products of this weight take FP8 (V3 section 3.3): not embedding, head, norms, router, MTP
+    projection."""
+    return name.rpartition(".")[2] in FP8_PARTS
+
+
+def _layer_buckets(config: ModelConfig, name: str, moe: bool, expert: int, dense: int, routed: int) -> list[Bucket]:
+    shapes = {n: s for n, s in layer_shapes(config, moe).items() if not is_router_bias(n)}
+    local = {str(e) for e in range(config.num_routed_experts // expert)}
+    held = {n: s for n, s in shapes.items() if not n.startswith("experts.")}
+    experts = {n: s for n, s in shapes.items() if n.startswith("experts.") and n.split(".")[1] in local}
+    found = [Bucket(f"{name}.dense", tuple((f"{name}.{n}", s) for n, s in held.items()), dense)]
+    if experts:
+        found.append(Bucket(f"{name}.experts", tuple((f"{name}.{n}", s) for n, s in experts.items()), routed))
+    return found
+
+
+def rank_buckets(
+    config: ModelConfig, contents: Sequence[Contents], table: Table, rank: int, expert: int, data: int
+) -> list[Bucket]:
+    """The gradient buckets of a pipeline rank, in the order in which they are published."""
+    V, d = config.vocab_size, config.hidden_size
+    held = [{stage for _, stage in table.stages_of(r)} for r in range(table.ranks)]
+    embeds = {s for s, c in enumerate(contents) if c.embed or c.mtp or (c.head and config.tie_embeddings)}
+
+    def replicas(stages: set[int]) -> int:
+        return data * sum(bool(held[r] & stages) for r in range(table.ranks))
+
+    found: list[Bucket] = []
+    for stage in sorted(held[rank]):
+        at, copies = contents[stage], replicas({stage})
+        for i in range(at.first, at.last):
+            moe = i >= config.first_dense_layers
+            found += _layer_buckets(config, f"layers.{i}", moe, expert, copies * expert, copies)
+        if at.head:
+            output: list[tuple[str, Shape]] = [("norm", (d,))]
+            output += [] if config.tie_embeddings else [("head", (V, d))]
+            found.append(Bucket("output", tuple(output), copies * expert))
+        for k in range(at.mtp):
+            join: list[tuple[str, Shape]] = [(f"mtp.{k}.embed_norm", (d,)), (f"mtp.{k}.hidden_norm", (d,))]
+            join += [(f"mtp.{k}.proj", (d, 2 * d)), (f"mtp.{k}.norm", (d,))]
+            layer = _layer_buckets(config, f"mtp.{k}.layer", True, expert, copies * expert, copies)
+            dense = Bucket(f"mtp.{k}.dense", (*layer[0].tensors, *join), copies * expert)
+            found += [dense, Bucket(f"mtp.{k}.experts", layer[1].tensors, copies)]
+    if held[rank] & embeds:
+        found.append(Bucket("embed", (("embed", (V, d)),), replicas(embeds) * expert))
+    return sorted(found, key=lambda bucket: canonical_key(bucket.name), reverse=True)
+
+
+def held_state(buckets: Sequence[Bucket], choices: Choices) -> dict[str, int]:
+    """Bytes held during the whole step, by kind."""
+    elements = sum(b.elements for b in buckets)
+    fp8 = sum(b.fp8_elements for b in buckets)
+    scales = FP32 * sum(b.fp8_scales for b in buckets)
+    pieces = sum(b.piece for b in buckets)
+    size = BF16 if choices.gradients == "bfloat16" else FP32
+    whole = sum(b.piece * b.owners for b in buckets)
+    reduced = sum(b.piece for b in buckets if b.owners > 1)
+    found = {
+        "BF16 weights": BF16 * (elements - fp8 if choices.fp8 and choices.weights == "fp8" else elements),
+        "FP8 weights": fp8 + scales if choices.fp8 and choices.weights != "bf16" else 0,
+        "gradient accumulators": size * (whole + reduced),
+        "FP32 masters": FP32 * pieces,
+        "BF16 moments": 2 * BF16 * pieces,
+    }
+    if choices.shard == "gradients":
+        # The shards, and one whole bucket on its way into them.
+        found["gradient accumulators"] = size * (pieces + max(b.piece * b.owners for b in buckets))
+    return found
+
+
+def optimizer_transient(buckets: Sequence[Bucket]) -> int:
+    """Bytes of the all-gathers in flight when weights are published: own rows and all rows, rounded to BF16."""
+    sizes = [BF16 * b.piece * ((b.owners if b.owners > 1 else 0) + 1) for b in buckets]
+    flying = GATHERS_IN_FLIGHT + 1
+    return max(sum(sizes[i : i + flying]) for i in range(len(sizes)))
