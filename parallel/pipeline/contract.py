@@ -2,8 +2,8 @@
 
 A chunk's forward and backward are generators ("programs"). A program yields the *name of the step it is about to run*
 at every step boundary; an `F&B` pair is two programs advanced by a fixed, declared order (`DEFAULT_ORDER`,
-`PUBLISHED_ORDER`). Steps a layer lacks are passed over; steps not in the order (embed, head) run when their program's
-turn comes. No context manager is ever held across a yield.
+`PUBLISHED_ORDER`, `READY_FIRST_ORDER`). Steps a layer lacks are passed over; steps not in the order (embed, head) run
+when their program's turn comes. No context manager is ever held across a yield.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ DEFAULT_ORDER = tuple(
 )
 PUBLISHED_ORDER = tuple(
     "combine(B) attn(F) mlp(B) dispatch(F) dispatch(B) mlp(W) mlp(F) attn(B) attn(W) combine(F)".split()
+)
+# Every transfer issued as soon as its data exist. The host then waits for dispatch(F)'s receive counts before mlp(B) is
+# issued, so that the device has nothing to run while counts are late.
+READY_FIRST_ORDER = tuple(
+    "combine(B) attn(F) dispatch(F) mlp(B) dispatch(B) mlp(W) mlp(F) combine(F) attn(B) attn(W)".split()
 )
 
 
