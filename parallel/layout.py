@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 
 LETTERS = "EtmL|"
 MOST_ITEMS = 100_000  # a slip such as t*1000000000 is refused before it fills the memory
+MOST_OPEN = 50
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Reader:
     """Recursive descent over `sequence := (unit ['*' number])*`, `unit := letter | '(' sequence ')'`."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.open = text, 0, 0
 
     def items(self) -> list[tuple[str, int]]:
         """Letters with their offsets in the text, repeats written out."""
@@ -119,11 +120,19 @@ class _Reader:
                 raise _mistake(self.text, start, "'*' repeats nothing", "an item or (...) before it")
             if letter != "(" and letter not in LETTERS:
                 raise _mistake(self.text, start, f"'{letter}'", "E t m L | ( ) *number, commas and spaces")
-            unit = self._sequence(start) if letter == "(" else [(letter, start)]
+            unit = self._group(start) if letter == "(" else [(letter, start)]
             times = self._times()
             if len(found) + len(unit) * times > MOST_ITEMS:
                 raise _mistake(self.text, start, f"more than {MOST_ITEMS} items", f"at most {MOST_ITEMS}")
             found += unit * times
+
+    def _group(self, start: int) -> list[tuple[str, int]]:
+        self.open += 1
+        if self.open > MOST_OPEN:
+            raise _mistake(self.text, start, f"more than {MOST_OPEN} brackets open", f"at most {MOST_OPEN}")
+        found = self._sequence(start)
+        self.open -= 1
+        return found
 
     def _times(self) -> int:
         if self._skip() != "*":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
+from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
 from parallel.schedule.simulator import simulate
@@ -158,7 +159,8 @@ class Trainer:
         """Train every stage that is left."""
         state = self.state
         self._status("starting")
-        self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=self.config.parallel.world_size)
+        ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
+        self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)
         while state.stage < len(self.config.stages):
             stage = self.config.stages[state.stage]
             stream = together(partial(self._open, stage, state.started))

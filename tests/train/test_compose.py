@@ -90,7 +90,7 @@ def test_all_problems_in_one_line() -> None:
         ("parallel.layout", "Et*4mL", "parallel.layout 'Et*4mL': found 1 stages, allowed 2"),
         ("parallel.layout", "Ettt|t|mL", "parallel.layout 'Et*3|t|mL': found 3 stages, allowed 2"),
         ("parallel.layout", "Ett|ttL", "parallel.layout 'Ett|ttL': found 0 MTP depths (m), allowed 1"),
-        ("parallel.layout", "Ett|ttm", "position 8: found the last stage ends without L"),
+        ("parallel.layout", "Ett|tt", "position 7: found the last stage ends without L"),
         ("parallel.schedule", "zigzag", "zigzag"),
         ("stages.0.sequences", [StepValue(10, 20)], "stages.0.sequences: found 20"),  # not 2 replicas of 8
         ("stages.0.sequences", [StepValue(10, 48)], "stages.0.sequences: 48 gives 3 micro-batches"),
