@@ -17,6 +17,7 @@ class Choices:
     weights: str = "bf16+fp8"
     gradients: str = "float32"
     shard: str = "optimizer"
+    owners: str = "rows"
     logits: str = "whole"
     weight_gradients: str = "apart"
     working: str = "plain"
@@ -61,6 +62,10 @@ EFFECTS: dict[str, dict[str, str]] = {
         "optimizer": "ZeRO-1: masters and moments are sharded, accumulators are whole",
         "gradients": "accumulators are sharded too: a reduce-scatter per weight gradient instead of one per step",
     },
+    "owners": {
+        "rows": "a bucket is dealt out in units of 128 whole rows; every owner's piece is padded to the largest",
+        "tiles": "in units of 128 rows and 1024 columns: less padding, FP8 blocks stay whole (parallel/optimizer)",
+    },
     "logits": {
         "whole": "all logits of a chunk in FP32, then their gradient in BF16 until the head's backward",
         "chunked": "head, loss and both gradients in pieces of 512 tokens: only the input's gradient waits",
@@ -75,14 +80,18 @@ EFFECTS: dict[str, dict[str, str]] = {
     },
 }
 
-# Remedies in the order in which they are tried: those that cost neither accuracy nor time first.
-REMEDIES: tuple[tuple[str, str], ...] = (
-    ("weight_gradients", "into"),
+# In the order in which they are tried. Those of the first group change no number and send nothing more: they are work on
+# the code. Those of the second cost something: a collective for every weight gradient, precision.
+FREE: tuple[tuple[str, str], ...] = (
+    ("owners", "tiles"),
     ("working", "lean"),
+    ("weight_gradients", "into"),
     ("attention_output", "packed"),
     ("indices", "compact"),
     ("logits", "chunked"),
     ("weights", "fp8"),
+)
+COSTLY: tuple[tuple[str, str], ...] = (
     ("shard", "gradients"),
     ("gradients", "bfloat16"),
 )

@@ -22,14 +22,14 @@ from parallel.optimizer.zero1 import GATHERS_IN_FLIGHT
 from parallel.schedule.actions import Table
 
 BF16, FP32 = 2, 4
+UNIT_COLUMNS = 1024  # with owners=tiles
 Shape = tuple[int, ...]
 FP8_PARTS = ("q", "q_a", "q_b", "kv_a", "kv_b", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one gradient bucket on a rank, by canonical name, and how many ranks share them. piece: elements that
-    each owner holds, padding included."""
+    """Tensors of one gradient bucket on a rank, by canonical name, and how many ranks share them."""
 
     name: str
     tensors: tuple[tuple[str, Shape], ...]
@@ -48,10 +48,12 @@ class Bucket:
     def fp8_scales(self) -> int:
         return sum(prod(tile_count(n, TILE) for n in shape) for name, shape in self.tensors if in_fp8(name))
 
-    @property
-    def piece(self) -> int:
+    def piece(self, widest: int | None = None) -> int:
+        """Elements that each owner holds, padding included. widest: columns of a unit at most (None: whole rows)."""
         ordered = sorted(self.tensors, key=lambda tensor: canonical_key(tensor[0]))
-        return _piece(tuple((shape[0], prod(shape[1:])) for _, shape in ordered), self.owners)
+        shapes = [(shape[0], prod(shape[1:])) for _, shape in ordered]
+        cut = [(rows, min(widest or c, c - at)) for rows, c in shapes for at in range(0, c, widest or c)]
+        return _piece(tuple(cut), self.owners)
 
 
 @lru_cache(4096)
@@ -109,15 +111,20 @@ def rank_buckets(
     return sorted(found, key=lambda bucket: canonical_key(bucket.name), reverse=True)
 
 
+def _widest(choices: Choices) -> int | None:
+    return UNIT_COLUMNS if choices.owners == "tiles" else None
+
+
 def held_state(buckets: Sequence[Bucket], choices: Choices) -> dict[str, int]:
     """Bytes held during the whole step, by kind."""
     elements = sum(b.elements for b in buckets)
     fp8 = sum(b.fp8_elements for b in buckets)
     scales = FP32 * sum(b.fp8_scales for b in buckets)
-    pieces = sum(b.piece for b in buckets)
+    piece = {b.name: b.piece(_widest(choices)) for b in buckets}
+    pieces = sum(piece.values())
     size = BF16 if choices.gradients == "bfloat16" else FP32
-    whole = sum(b.piece * b.owners for b in buckets)
-    reduced = sum(b.piece for b in buckets if b.owners > 1)
+    whole = sum(piece[b.name] * b.owners for b in buckets)
+    reduced = sum(piece[b.name] for b in buckets if b.owners > 1)
     found = {
         "BF16 weights": BF16 * (elements - fp8 if choices.fp8 and choices.weights == "fp8" else elements),
         "FP8 weights": fp8 + scales if choices.fp8 and choices.weights != "bf16" else 0,
@@ -127,12 +134,12 @@ def held_state(buckets: Sequence[Bucket], choices: Choices) -> dict[str, int]:
     }
     if choices.shard == "gradients":
         # The shards, and one whole bucket on its way into them.
-        found["gradient accumulators"] = size * (pieces + max(b.piece * b.owners for b in buckets))
+        found["gradient accumulators"] = size * (pieces + max(piece[b.name] * b.owners for b in buckets))
     return found
 
 
-def optimizer_transient(buckets: Sequence[Bucket]) -> int:
+def optimizer_transient(buckets: Sequence[Bucket], choices: Choices) -> int:
     """Bytes of the all-gathers in flight when weights are published: own rows and all rows, rounded to BF16."""
-    sizes = [BF16 * b.piece * ((b.owners if b.owners > 1 else 0) + 1) for b in buckets]
+    sizes = [BF16 * b.piece(_widest(choices)) * ((b.owners if b.owners > 1 else 0) + 1) for b in buckets]
     flying = GATHERS_IN_FLIGHT + 1
     return max(sum(sizes[i : i + flying]) for i in range(len(sizes)))

@@ -102,13 +102,15 @@ def working_set(
     return between + max(sizes)
 
 
-def all_to_all(config: ModelConfig, contents: Contents, load: Load, choices: Choices) -> int:
-    """Of one chunk in flight: rows sent (picked, then packed) and received, of dispatch or combine, the larger."""
+def all_to_all(config: ModelConfig, contents: Contents, load: Load, choices: Choices, backward: bool) -> int:
+    """Of one chunk in flight: rows picked, packed and received. The larger of a scatter (FP8 rows; expert ids and
+    router weights with them in the forward) and a gather (BF16 sums; router-weight gradients in the backward)."""
     if not contents.moe and not contents.mtp:
         return 0
-    d, rows = config.hidden_size, load.moved
+    d, K, rows = config.hidden_size, config.experts_per_token, load.moved
     row = d + FP32 * tile_count(d, TILE) if choices.fp8 else BF16 * d
-    copies = 3 if choices.working == "plain" else 2
-    dispatch = copies * rows * (row + (INT64 + FP32) * config.experts_per_token)
-    combine = copies * rows * (BF16 * d + FP32 * config.experts_per_token)
-    return max(dispatch, combine)
+    scatter = rows * (row + (0 if backward else (INT64 + FP32) * K))
+    gather = rows * (BF16 * d + (FP32 * K if backward else 0))
+    # The plain code picks rows, then packs them; sums of one column need no packing.
+    plain = choices.working == "plain"
+    return max((3 if plain else 2) * scatter, (3 if plain and backward else 2) * gather)

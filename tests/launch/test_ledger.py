@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from functools import partial
-from math import comb
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from launch.ledger.caches import stage_after_forward, stage_after_input_gradient
 from launch.ledger.choices import Choices
 from launch.ledger.layout import Contents
-from launch.ledger.load import Load, balanced_load, ranks_per_token
+from launch.ledger.load import Load
 from model.config import ModelConfig
 from model.latent_attention import Geometry
 from model.layer import TransformerLayer
@@ -26,7 +25,6 @@ from model.segments import ChunkContext, SegmentedLayer
 from model.stage import Chunk, Depth, LossScales, Output, TransformerStage
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.contract import Pending
-from parallel.expert.layout import receive_layout, send_layout
 from parallel.pipeline.store import WeightGradStore
 from tests.model.models import model_config
 
