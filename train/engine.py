@@ -118,7 +118,8 @@ class Engine:
     def table(self, micro_batches: int) -> Table:
         """The schedule for this many micro-batches; ValueError when there is none."""
         if micro_batches not in self._tables:
-            self._tables[micro_batches] = build(self.parallel.schedule, self.parallel.pipeline, micro_batches)
+            p = self.parallel
+            self._tables[micro_batches] = build(p.schedule, p.pipeline, micro_batches, p.stages_per_rank or None)
         return self._tables[micro_batches]
 
     def initialize(self, seed: int) -> None:
@@ -155,8 +156,8 @@ class Engine:
             context,
             torch.from_numpy(batch.tokens).flatten(),
             torch.from_numpy(batch.labels).flatten(),
-            torch.from_numpy(batch.mtp_tokens[:depths]).reshape(depths, -1),
-            torch.from_numpy(batch.mtp_labels[:depths]).reshape(depths, -1),
+            torch.from_numpy(batch.mtp_tokens[:depths]).flatten(1),
+            torch.from_numpy(batch.mtp_labels[:depths]).flatten(1),
             torch.from_numpy(batch.source),
         )
 
