@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -22,26 +21,6 @@ from parallel.layout import Layout, check, edges, make_layout, parse
 from parallel.optimizer.contract import ParameterSpec
 from parallel.schedule.actions import Table
 from parallel.topology import Topology
-
-
-def split_layers(layers: int, stages: int, given: list[int]) -> list[tuple[int, int]]:
-    """[first, last) layers of each stage: as given, or as even as possible with the longer stages first (the last
-    also has head and MTP).
-
-    Raises ValueError when the split is impossible.
-    """
-    if given:
-        if len(given) != stages or sum(given) != layers or min(given) < 1:
-            raise ValueError(f"layers per stage: {given} must name {stages} stages of 1 layer or more, {layers} in all")
-        sizes = given
-    else:
-        if layers < stages:
-            raise ValueError(
-                f"parallel.pipeline: {stages} stages need at least {stages} layers, the model has {layers}"
-            )
-        sizes = [layers // stages + (s < layers % stages) for s in range(stages)]
-    edges = [sum(sizes[:s]) for s in range(stages + 1)]
-    return list(pairwise(edges))
 
 
 def stage_layout(config: ModelConfig, table: Table, text: str) -> Layout:

@@ -184,6 +184,9 @@ def model_config(values: dict[str, Any], source: str) -> tuple[ModelConfig, int]
         for key, wanted in FIXED.items()
         if values.get(key, wanted) != wanted
     ]
+    tied = values.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        problems.append(f"{source}: tie_word_embeddings is {tied!r}, allowed true and false")
     if "quantization_config" in values:
         problems.append(f"{source}: quantization_config is present; quantised weights are not supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -214,6 +217,5 @@ def model_config(values: dict[str, Any], source: str) -> tuple[ModelConfig, int]
         )
     numbers = {name: values[released] for name, released in CONFIG_NAMES.items()}
     numbers["q_lora_rank"] = numbers["q_lora_rank"] or 0
-    tied = bool(values.get("tie_word_embeddings", False))
     found = ModelConfig(name="imported", rope_theta=float(theta), rope_scaling=scaling, tie_embeddings=tied, **numbers)
     return found, length

@@ -11,8 +11,8 @@ class ParallelConfig:
     an expert group is contiguous (one node).
 
     layout: layers of each pipeline stage (see parallel/layout.py), such as `Ett|(ttt|)*2tmL`; empty means the split
-    whose largest rank load is smallest. stages_per_rank: pipeline stages of one direction on a rank; 0 means the
-    schedule's own. order: `default` or `published` (see parallel/pipeline/contract.py). timeout_seconds: of every
+    whose largest rank load is smallest. stages_per_rank: pipeline stages of each rank under `interleaved`; 0 means
+    the schedule's own. order: `default` or `published` (see parallel/pipeline/contract.py). timeout_seconds: of every
     collective.
     """
 

@@ -139,7 +139,8 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
             found.append(f"{at}.learning_rate: found {min(piece.start, piece.end)}, allowed 0 or more")
     if found:
         return found
-    replicas = config.parallel.expert * config.parallel.data
+    parallel = config.parallel
+    replicas = parallel.expert * parallel.data
     for wanted in stage.sequences:
         per_pipeline, rest = divmod(int(wanted.value), replicas * stage.micro_batch)
         if rest or wanted.value != int(wanted.value):
@@ -149,13 +150,13 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
             )
             continue
         try:
-            table = build(config.parallel.schedule, config.parallel.pipeline, per_pipeline)
+            table = build(parallel.schedule, parallel.pipeline, per_pipeline, parallel.stages_per_rank or None)
         except ValueError as error:
             found.append(f"{at}.sequences: {wanted.value:g} gives {per_pipeline} micro-batches per pipeline: {error}")
             continue
-        if config.parallel.layout:
+        if parallel.layout:
             try:
-                stage_layout(config.model, table, config.parallel.layout)
+                stage_layout(config.model, table, parallel.layout)
             except ValueError as error:
                 found.append(str(error))
     return found

@@ -53,6 +53,7 @@ VARIANTS = {
     "tiny": {},
     "no query compression, no dense layer": {"q_lora_rank": 0, "first_dense_layers": 0, "num_layers": 2},
     "one group, two shared": {"num_expert_groups": 1, "groups_per_token": 1, "num_shared_experts": 2, "num_layers": 2},
+    "tied": {"tie_embeddings": True, "num_layers": 2},
     "uneven widths": {"v_head_dim": 12, "qk_nope_head_dim": 6, "num_heads": 3, "experts_per_token": 3, "num_layers": 2},
 }
 
@@ -63,6 +64,7 @@ def test_logits_and_gradients_in_float64(tmp_path: Path, variant: str, length: i
     config = model_config("tiny", **VARIANTS[variant])
     model = random_model(config, torch.float64)
     theirs = opened(export(tmp_path / "out", config, model, length, torch.float64), torch.float64)
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == config.tie_embeddings
     tokens_BT = random_tokens(config, 2, 40)
     logits_BTV = model(tokens_BT, rotary=Rotary(config, length)).logits_BTV
     with LiftCasts():
@@ -107,13 +109,13 @@ def test_plain_and_yarn_differ() -> None:
     assert (plain - yarn).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_mtp_logits_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+@pytest.mark.parametrize(("depth", "tied"), [(1, False), (2, False), (2, True)])
+def test_mtp_logits_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, tied: bool) -> None:
     """transformers' MTP module on the same folder, fed the main model's state after its final norm."""
     from transformers import DeepseekV3ForCausalLM
     from transformers.modeling_layers import MtpModel
 
-    config = model_config("tiny", mtp_depth=depth)
+    config = model_config("tiny", mtp_depth=depth, tie_embeddings=tied)
     # transformers finds the MTP layer by V3's own number, 61.
     pattern = "|".join(rf"model\.layers\.{config.num_layers + k}\." for k in range(depth))
     monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [pattern])

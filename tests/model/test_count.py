@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from model.config import ModelConfig, config_problems
-from model.count import cache_bytes_per_token, count_parameters, training_flops_per_token
+from model.count import cache_bytes_per_token, count_parameters, part_flops, training_flops_per_token
 from model.names import is_router_bias, module_parts
 from model.transformer import Transformer
 from tests.model.models import model_config
@@ -49,8 +49,23 @@ def test_v2_without_router_biases() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo", "v3"])
-def test_counts_are_the_modules_own(name: str) -> None:
-    config = model_config(name)
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_the_parts_add_up(name: str, causal: bool) -> None:
+    config = model_config(name, mtp_depth=2)
+    parts = part_flops(config, 4096, causal)
+    layers, output = parts.layers(config), parts.output(config)
+    assert len(layers) == config.num_layers and layers.count(parts.dense_layer) == config.first_dense_layers
+    total = training_flops_per_token(config, 4096, causal, mtp=True)["total"]
+    assert sum(layers) + parts.embedding + output == pytest.approx(total, rel=1e-12)
+    assert output == parts.head + 2 * parts.mtp
+    without = training_flops_per_token(config, 4096, causal)["total"]
+    assert sum(layers) + parts.embedding + parts.head == pytest.approx(without, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo", "v3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_are_the_modules_own(name: str, tied: bool) -> None:
+    config = model_config(name, tie_embeddings=tied)
     assert config_problems(config) == []
     counts = count_parameters(config)
     sizes = {

@@ -24,9 +24,9 @@ def export(folder: Path, config: ModelConfig, dtype: torch.dtype, **options: obj
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("q_lora_rank", [0, 16])
-def test_out_and_in_bit_for_bit(tmp_path: Path, dtype: torch.dtype, q_lora_rank: int) -> None:
-    config = model_config("tiny", q_lora_rank=q_lora_rank, mtp_depth=2, num_layers=2)
+@pytest.mark.parametrize(("q_lora_rank", "tied"), [(0, False), (16, False), (16, True)])
+def test_out_and_in_bit_for_bit(tmp_path: Path, dtype: torch.dtype, q_lora_rank: int, tied: bool) -> None:
+    config = model_config("tiny", q_lora_rank=q_lora_rank, mtp_depth=2, num_layers=2, tie_embeddings=tied)
     tensors = export(tmp_path / "out", config, dtype, shard_bytes=20_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     folder = ReleasedFolder(tmp_path / "out")
@@ -80,6 +80,23 @@ def test_copies_and_other_files(tmp_path: Path) -> None:
     }  # fmt: skip
     total = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"]
     assert total == sum(value.nbytes for value in stored.values())
+
+
+def test_a_tied_head_has_no_tensor_of_its_own(tmp_path: Path) -> None:
+    config = model_config("tiny", num_layers=2, tie_embeddings=True)
+    tensors = export(tmp_path / "out", config, torch.float32)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    stored = load_file(file)
+    assert "head" not in tensors and "lm_head.weight" not in stored
+    assert torch.equal(stored["model.layers.2.shared_head.head.weight"], tensors["embed"])
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["tie_word_embeddings"] is True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        ReleasedFolder(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": "yes"}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings is 'yes', allowed true and false"):
+        ReleasedFolder(tmp_path / "out")
 
 
 def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from model.transformer import Transformer
 from tests.model.models import model_config, random_model
 
 
-def test_whole_model_holds_every_canonical_tensor_once() -> None:
-    config = model_config("tiny", mtp_depth=2)
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_model_holds_every_canonical_tensor_once(tied: bool) -> None:
+    config = model_config("tiny", mtp_depth=2, tie_embeddings=tied)
     model = Transformer(config, device="meta")
     parts = [part for parts in module_parts(model, buffers=True).values() for part in parts]
     assert len({part.name for part in parts}) == len(parts)
     assert {part.name: part.shape for part in parts} == canonical_shapes(config)
+    assert ("head" in canonical_shapes(config)) != tied and "embed" in canonical_shapes(config)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for path, parts_of_one in module_parts(model, buffers=True).items():
         assert sum((p.last_row - p.first_row) * p.columns for p in parts_of_one) == tensors[path].numel()

@@ -9,69 +9,81 @@ import torch
 
 from model.names import canonical_shapes, is_norm, is_router_bias
 from model.ops import Ops
-from model.partition import RankModel, split_layers
+from model.partition import RankModel, stage_layout
 from parallel.config import ParallelConfig
 from parallel.expert.all_to_all import AllToAllDispatcher
+from parallel.layout import describe, parse
 from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.registry import build
 from parallel.topology import Topology
 from tests.model.models import model_config
 
+# `M` stands for the MTP depths, however many.
 LAYOUTS = {
-    "one": ParallelConfig(),
-    "pp2_dualpipe_ep2": ParallelConfig(pipeline=2, expert=2, schedule="dualpipe"),
-    "pp4_dualpipe": ParallelConfig(pipeline=4, schedule="dualpipe"),
+    "one": ParallelConfig(layout="Et*5ML"),
+    "pp2_dualpipe_ep2": ParallelConfig(pipeline=2, expert=2, schedule="dualpipe", layout="Et*3|ttML"),
+    "pp4_dualpipe": ParallelConfig(pipeline=4, schedule="dualpipe", layout="Ett|t|t|tML"),
     "pp4_1f1b": ParallelConfig(pipeline=4),
     "pp2_1f1b_dp2_ep2": ParallelConfig(pipeline=2, data=2, expert=2),
+    "pp2_zbv": ParallelConfig(pipeline=2, schedule="zbv"),
+    "pp2_dualpipev_empty_ends_ep2": ParallelConfig(pipeline=2, expert=2, schedule="dualpipev", layout="E|ttt|tt|ML"),
+    "pp4_dualpipe_empty": ParallelConfig(pipeline=4, schedule="dualpipe", layout="E|t*4||tML"),
+    "pp4_zbv_dp2": ParallelConfig(pipeline=4, data=2, schedule="zbv"),
+    "pp2_interleaved": ParallelConfig(pipeline=2, schedule="interleaved", layout="Et|t||tttML"),
+    "pp2_interleaved_3": ParallelConfig(pipeline=2, schedule="interleaved", stages_per_rank=3),
 }
 
 
-def world(name: str, depths: int = 1) -> list[RankModel]:
+def world(name: str, depths: int = 1, tied: bool = False) -> list[RankModel]:
     """The model of every rank, in this process."""
-    parallel, config = LAYOUTS[name], model_config("tiny", mtp_depth=depths)
-    table = build(parallel.schedule, parallel.pipeline, 2)
+    parallel, config = LAYOUTS[name], model_config("tiny", mtp_depth=depths, tie_embeddings=tied)
+    table = build(parallel.schedule, parallel.pipeline, 2, parallel.stages_per_rank or None)
     ranks = range(parallel.world_size)
-    return [RankModel(config, Topology.of(parallel, rank), table, [], torch.float32) for rank in ranks]
-
-
-@pytest.mark.parametrize(
-    "layers,stages,given,expected",
-    [
-        (5, 1, [], [(0, 5)]),
-        (5, 2, [], [(0, 3), (3, 5)]),
-        (61, 4, [], [(0, 16), (16, 31), (31, 46), (46, 61)]),
-        (4, 4, [], [(0, 1), (1, 2), (2, 3), (3, 4)]),
-        (5, 2, [1, 4], [(0, 1), (1, 5)]),
-    ],
-)
-def test_split_layers(layers: int, stages: int, given: list[int], expected: list[tuple[int, int]]) -> None:
-    assert split_layers(layers, stages, given) == expected
-
-
-@pytest.mark.parametrize(
-    "layers,stages,given,message",
-    [
-        (3, 4, [], "parallel.pipeline: 4 stages need at least 4 layers, the model has 3"),
-        (5, 2, [5], "2 stages of 1 layer or more, 5 in all"),
-        (5, 2, [2, 2], "2 stages of 1 layer or more, 5 in all"),
-        (5, 2, [5, 0], "2 stages of 1 layer or more, 5 in all"),
-    ],
-)
-def test_impossible_splits(layers: int, stages: int, given: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        split_layers(layers, stages, given)
+    layout = stage_layout(config, table, parallel.layout.replace("M", "m" * depths))
+    return [RankModel(config, Topology.of(parallel, rank), table, layout, torch.float32) for rank in ranks]
 
 
 def test_experts_must_divide() -> None:
     topology, table = Topology(1, 1, 3, 0), build("1f1b", 1, 2)
     with pytest.raises(ValueError, match=r"parallel\.expert: 3 does not divide the model's 8 experts"):
-        RankModel(model_config("tiny"), topology, table, [], torch.float32)
+        RankModel(model_config("tiny"), topology, table, parse("Et*5mL"), torch.float32)
+
+
+def test_layouts_that_do_not_fit() -> None:
+    config, table = model_config("tiny"), build("dualpipe", 2, 2)
+    for text, message in (
+        ("Et*5mL", "parallel.layout 'Et*5mL': found 1 stages, allowed 2"),
+        ("Et|t*3mL", "parallel.layout 'Et|t*3mL': found 4 transformer layers (t), allowed 5"),
+        ("Ett|t*3L", "parallel.layout 'Ett|t*3L': found 0 MTP depths (m), allowed 1"),
+        ("Ett|t*3|m|L", "parallel.layout 'Ett|t*3|m|L', position 10: found a stage ends after m without L; "),
+    ):
+        with pytest.raises(ValueError) as caught:
+            stage_layout(config, table, text)
+        assert str(caught.value).startswith(message)
+    with pytest.raises(ValueError, match=r"layout 'Et\*5mL': found 1 stages, allowed 2"):
+        RankModel(config, Topology(1, 2, 1, 0), table, parse("Et*5mL"), torch.float32)
+
+
+def test_default_layouts() -> None:
+    """The largest rank load is smallest: in V3 head and MTP depth weigh about as much as four layers."""
+
+    def default(name: str, schedule: str, ranks: int, **changes: object) -> str:
+        config = model_config(name, **changes)
+        return describe(stage_layout(config, build(schedule, ranks, 2), ""))
+
+    assert default("tiny", "1f1b", 1) == "Et*5mL"
+    assert default("v3", "1f1b", 16) == "Et*4|(t*4|)*14tmL"
+    assert default("v3", "dualpipe", 16) == default("v3", "zbv", 8) == "Et*4|(t*4|)*14tmL"  # the same pairs of stages
+    assert default("v3", "dualpipe", 16, mtp_depth=0) == "Et*4|(t*4|)*7t*3|(t*4|)*6ttL"
+    assert default("tiny", "dualpipe", 4) == "E|tt|tt|tmL"
+    assert default("tiny", "zbv", 4, num_layers=2) == "E|t|t||*4mL"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("depths", [0, 1, 2])
-def test_every_tensor_is_held_and_its_replicas_are_who_hold_it(name: str, depths: int) -> None:
-    models = world(name, depths)
+def test_every_tensor_is_held_and_its_replicas_are_who_hold_it(name: str, depths: int, tied: bool) -> None:
+    models = world(name, depths, tied)
     expected = {n: s for n, s in canonical_shapes(models[0].config).items() if not is_router_bias(n)}
     holders: dict[str, set[int]] = defaultdict(set)
     claimed: dict[str, set[tuple[int, ...]]] = defaultdict(set)
@@ -93,9 +105,10 @@ def test_every_tensor_is_held_and_its_replicas_are_who_hold_it(name: str, depths
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_buckets_agree_across_their_replicas(name: str) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_buckets_agree_across_their_replicas(name: str, tied: bool) -> None:
     """Same bucket, same tensors in the same order on every rank of its group; one group per bucket."""
-    models = world(name)
+    models = world(name, tied=tied)
     content: dict[tuple[str, tuple[int, ...]], dict[int, list[str]]] = defaultdict(dict)
     for rank, model in enumerate(models):
         groups: dict[str, tuple[int, ...]] = {}
@@ -112,8 +125,9 @@ def test_buckets_agree_across_their_replicas(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_rank_makes_the_same_replica_groups(name: str) -> None:
-    models = world(name)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_rank_makes_the_same_replica_groups(name: str, tied: bool) -> None:
+    models = world(name, tied=tied)
     groups = [set(model.replica_groups()) for model in models]
     assert all(found == groups[0] for found in groups)
     assert {spec.replicas for model in models for spec in model.specs()} <= groups[0]
@@ -162,19 +176,50 @@ def test_uses_written_out() -> None:
     assert all("embed" not in stage and "head" not in stage for stage in stages[1:3])
 
 
-def test_decay_and_biases() -> None:
-    (model,) = world("one")
+def test_uses_where_one_rank_holds_several_stages_of_a_direction() -> None:
+    """Both ends of a V are on rank 0, so its lookups add up."""
+    both, middle = map(uses_of, world("pp2_dualpipev_empty_ends_ep2", depths=2)[::2])
+    assert both == {name: both[name] for name in both if name.startswith(("embed", "norm", "head", "mtp."))}
+    assert both["embed"] == both["head"] == {0: 3} and both["norm"] == both["mtp.1.proj"] == {0: 1}
+    assert {name.split(".")[1] for name in middle} == set("01234") and set(map(str, middle.values())) == {"{0: 1}"}
+    first, last = map(uses_of, world("pp2_interleaved", depths=1))  # stages 0 and 2, 1 and 3
+    assert first["embed"] == {0: 1} and last["embed"] == {0: 1} and last["head"] == {0: 2}
+    assert {name.split(".")[1] for name in first if name.startswith("layers")} == {"0"}
+
+
+def test_uses_of_tied_embeddings() -> None:
+    """One parameter: a lookup on the first stage, the head's 1 + D products and the MTP's D lookups on the last."""
+    for depths in (0, 1, 2):
+        output = 1 + 2 * depths
+        (one,) = map(uses_of, world("one", depths, tied=True))
+        assert one["embed"] == {0: 1 + output} and "head" not in one
+        first, last = map(uses_of, world("pp2_dualpipe_ep2", depths, tied=True)[::2])
+        assert first["embed"] == {0: 1, 1: output} and last["embed"] == {1: 1, 0: output}
+        stages = [uses_of(model) for model in world("pp4_1f1b", depths, tied=True)]
+        assert stages[0]["embed"] == {0: 1} and stages[3]["embed"] == {0: output}
+        ranks = [uses_of(model) for model in world("pp2_zbv", depths, tied=True)]
+        assert ranks[0]["embed"] == {0: 1 + output} and "embed" not in ranks[1]
+    tied = replicas_of(world("pp4_1f1b", 0, tied=True))
+    assert tied["embed"] == (0, 3) and tied["norm"] == (3,)
+    assert replicas_of(world("pp2_1f1b_dp2_ep2", 0, tied=True))["embed"] == tuple(range(8))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_and_biases(tied: bool) -> None:
+    (model,) = world("one", tied=tied)
+    assert any(part.name == "embed" and spec.decay for spec in model.specs() for part in spec.parts)
     for spec in model.specs():
         assert all(spec.decay != is_norm(part.name) for part in spec.parts)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_stages_share_the_ranks_modules(name: str) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_share_the_ranks_modules(name: str, tied: bool) -> None:
     class Nowhere:
         def accumulate(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None: ...
 
     held: set[str] = set()
-    for model in world(name, depths=2):
+    for model in world(name, depths=2, tied=tied):
         ops = Ops(WeightGradStore(Nowhere()), torch.float32, False, 1e-6)
         stages = model.build_stages(ops, AllToAllDispatcher(8, None))
         assert list(stages) == model.table.stages_of(model.topology.pipeline_rank)
@@ -184,7 +229,7 @@ def test_stages_share_the_ranks_modules(name: str) -> None:
             assert built.first == (stage == 0)
             assert (built.output is not None) == (stage == model.table.stages - 1)
             if built.output is not None:
-                assert built.output.head is model.head
+                assert built.output.head is (model.embed if tied else model.head) is not None
                 assert [depth.module for depth in built.output.depths] == list(model.mtp)
                 assert built.embed is model.embed is not None
         biases = model.router_biases()
