@@ -33,7 +33,8 @@ class Lanes:
     compute, all_to_all: step -> disjoint intervals. occurrences: step -> number of all-to-alls. waits: the host is
     blocked on an all-to-all or its receive counts. steps: names in the order of launch, a list per F&B pair (one list
     in all where pairs are not marked). at_work: compute actions less their waits for other stages; None where the trace
-    has no actions. runs: (start, end) of each pass through the table, where marked. others: all other communication.
+    has no actions. runs: (start, end) of each pass through the table, where marked. others: all other communication,
+    and, in a trace of ours, waits for it.
     """
 
     rank: int

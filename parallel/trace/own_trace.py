@@ -57,7 +57,7 @@ def _rank(rank: int, spans: list[Span]) -> Lanes:
         waits=_times(for_rows),
         at_work=without(_times(actions), _times(for_stages)) if actions else None,
         runs=[(span.start, span.end) for span in of_kind[Kind.RUN]],
-        others=_times(others),
+        others=union(_times(others), blocked),
     )
 
 

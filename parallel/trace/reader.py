@@ -168,8 +168,8 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-                # A number at the end of what was read may go on.
-                if end < len(self._text) or not self._more():
+                # A number may go on where the text read so far ends, be it after "12", "12." or "12e".
+                if (end < len(self._text) and self._text[end] not in ".eE") or not self._more():
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
