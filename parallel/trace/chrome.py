@@ -65,8 +65,9 @@ def write_rank(recorder: Recorder, directory: Path, clock: ClockOffset = SAME_CL
 
     Times stay those of the rank's clock; `clock` is written beside them and applied by whoever reads.
     """
-    latest = max((event.end or event.start for event in recorder.events), default=0)
-    spans = [span for event in recorder.events for span in _spans(event, latest)]
+    events = recorder.events
+    latest = max((event.end or event.start for event in events), default=0)
+    spans = [span for event in events for span in _spans(event, latest)]
     about = {
         "format": FORMAT,
         "rank": recorder.rank,

@@ -48,30 +48,34 @@ class Event:
     args: dict[str, Any]
 
 
+_Closed = tuple[Kind, object, int, int, dict[str, Any]]
+
+
 class Recorder:
     """Spans of one rank (`rank`: its global rank, the process id of the merged trace).
 
     step: the program step under way, set by whoever drives programs; an all-to-all issued in it is called after it.
     """
 
-    __slots__ = ("events", "rank", "step")
+    __slots__ = ("_kept", "rank", "step")
     now = staticmethod(perf_counter_ns)
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.events: list[Event] = []
+        # Spans that are over are kept as plain tuples: half the cost of an object.
+        self._kept: list[Event | _Closed] = []
         self.step: str | None = None
 
     def add(self, kind: Kind, name: object, start: int, end: int, **args: Any) -> None:
         """A span that is over."""
-        self.events.append(Event(kind, name, start, end, args))
+        self._kept.append((kind, name, start, end, args))
 
     def issue(self, kind: Kind, name: object, **args: Any) -> Event:
         """A span that begins now; `complete` ends it. One that never ends is written as unfinished."""
         if self.step is not None:
             args["step"] = self.step
         event = Event(kind, name, perf_counter_ns(), None, args)
-        self.events.append(event)
+        self._kept.append(event)
         return event
 
     def complete(self, event: Event) -> None:
@@ -81,17 +85,22 @@ class Recorder:
 
     def action(self, action: Action, start: int, end: int) -> None:
         """A compute action of the table. Both halves of a pair get the pair's interval."""
-        self.events.append(Event(Kind.ACTION, action, start, end, {}))
+        self._kept.append((Kind.ACTION, action, start, end, {}))
 
     def transfer(self, transfer: Transfer, peer: int, size: int) -> Event:
         """A send or receive between stages begins now. peer: global rank. size: bytes."""
         event = Event(Kind.COMMUNICATION, transfer, perf_counter_ns(), None, {"peer": peer, "bytes": size})
-        self.events.append(event)
+        self._kept.append(event)
         return event
+
+    @property
+    def events(self) -> list[Event]:
+        """All spans in the order they were handed in or issued."""
+        return [kept if isinstance(kept, Event) else Event(*kept) for kept in self._kept]
 
     def clear(self) -> None:
         """Forget all spans, as after writing them."""
-        self.events = []
+        self._kept = []
         self.step = None
 
 
