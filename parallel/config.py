@@ -12,8 +12,8 @@ class ParallelConfig:
 
     layout: layers of each pipeline stage (see parallel/layout.py), such as `Ett|(ttt|)*2tmL`; empty means the split
     whose largest rank load is smallest. stages_per_rank: pipeline stages of each rank under `interleaved`; 0 means
-    the schedule's own. order: `default` or `published` (see parallel/pipeline/contract.py). timeout_seconds: of every
-    collective.
+    the schedule's own. order: of the steps of an F&B pair, `default`, `published` or `ready_first` (see
+    parallel/pipeline/contract.py). timeout_seconds: of every collective.
     """
 
     pipeline: int = 1

@@ -18,6 +18,7 @@ from kernels.quantize import WIDTH_MULTIPLE
 from model.config import ModelConfig, config_problems
 from model.partition import stage_layout
 from parallel.optimizer.config import DTYPES
+from parallel.pipeline.contract import ORDERS
 from parallel.schedule.registry import build
 from train.config import RunConfig, StageConfig
 from train.errors import ConfigError
@@ -48,8 +49,8 @@ def problems_of(config: RunConfig) -> list[str]:
     found += config_problems(m)
     if found:
         return found
-    if p.order not in ("default", "published"):
-        found.append(f"parallel.order: found '{p.order}', allowed default, published")
+    if p.order not in ORDERS:
+        found.append(f"parallel.order: found '{p.order}', allowed {', '.join(ORDERS)}")
     if m.num_routed_experts % p.expert:
         found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
     if p.stages_per_rank < 0:

@@ -28,7 +28,7 @@ from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.optimizer.config import OptimizerConfig
 from parallel.optimizer.contract import OptimizerStep
 from parallel.optimizer.zero1 import Zero1
-from parallel.pipeline.contract import DEFAULT_ORDER, PUBLISHED_ORDER
+from parallel.pipeline.contract import ORDERS
 from parallel.pipeline.executor import Executor, Measured
 from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.actions import Table
@@ -36,7 +36,6 @@ from parallel.schedule.registry import build
 from parallel.schedule.transfers import forward_only
 from parallel.topology import Groups, Topology
 
-ORDERS = {"default": DEFAULT_ORDER, "published": PUBLISHED_ORDER}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ READY_FIRST_ORDER = tuple(
     "combine(B) attn(F) dispatch(F) mlp(B) dispatch(B) mlp(W) mlp(F) combine(F) attn(B) attn(W)".split()
 )
 
+ORDERS = {"default": DEFAULT_ORDER, "published": PUBLISHED_ORDER, "ready_first": READY_FIRST_ORDER}
+
 
 class PipelineStage(Protocol):
     """One stage of one direction on this rank. Holds what each live chunk keeps between F and B."""
