@@ -10,16 +10,22 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.launcher.api import LaunchConfig
 
+from launch.agent import Agent
 from train.config import RunConfig
 from train.errors import PEER_LOST
 from train.history import METRICS, exact, read_lines
@@ -43,32 +49,19 @@ class Outcome:
 def run(config: RunConfig, arguments: list[str], shutdown_timeout: int) -> Outcome:
     """Start `parallel.world_size` ranks with `arguments` and wait for all of them.
 
-    shutdown_timeout: seconds that ranks have to save a checkpoint after a stop signal, before they are killed. The exit
-    code is the ranks' own (docs/exit-codes.md), or 128 + the signal when they were stopped before a checkpoint existed.
+    shutdown_timeout: seconds that ranks have to save a checkpoint after a stop signal, before they are killed; a failed
+    rank leaves the others `launch.agent.FAILURE_SECONDS`. The exit code is the ranks' own (docs/exit-codes.md), or 128
+    + the signal when they were stopped before a checkpoint existed.
     """
     world, directory = config.parallel.world_size, run_path(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     before = read_status(directory).get("time")
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        shutdown_timeout=shutdown_timeout,
-        signals_to_handle=UNUSED_SIGNAL,
-    )
     stop_once = _StopOnce()
     previous = {number: signal.signal(number, stop_once) for number in FORWARDED}
     logging.disable(logging.CRITICAL)  # the agent's account of a failure; the ranks have given theirs
     code = 0
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "train", *arguments)
-    except ChildFailedError as error:
-        code = exit_code(error.failures)
+        code = _run_ranks(world, arguments, shutdown_timeout)
     except SignalException as stop:
         status = read_status(directory)
         saved = status.get("time") != before and "exit_code" in status
@@ -79,6 +72,48 @@ def run(config: RunConfig, arguments: list[str], shutdown_timeout: int) -> Outco
             signal.signal(number, handler)
     step, objective = last_loss(directory) if read_status(directory).get("time") != before else (0, None)
     return Outcome(config.name, code, objective, step)
+
+
+def _run_ranks(world: int, arguments: list[str], shutdown_timeout: int) -> int:
+    """Exit code of the ranks, once none is left. SignalException after a stop signal."""
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = UNUSED_SIGNAL
+    with tempfile.TemporaryDirectory(prefix="bireme-launch-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        rendezvous = get_rendezvous_handler(
+            RendezvousParameters(
+                config.rdzv_backend,
+                config.rdzv_endpoint,
+                config.run_id,
+                config.min_nodes,
+                config.max_nodes,
+                local_addr="localhost",
+                **config.rdzv_configs,
+            )
+        )
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=world,
+            rdzv_handler=rendezvous,
+            entrypoint=sys.executable,
+            args=("-u", "-m", "train", *arguments),
+            max_restarts=0,
+            local_addr="localhost",
+            numa_options=config.numa_options,
+        )
+        agent = Agent(spec, config.logs_specs, shutdown_timeout=shutdown_timeout)
+        try:
+            result = agent.run()
+        finally:
+            rendezvous.shutdown()
+    return exit_code(result.failures, agent.overdue) if result.is_failed() else 0
 
 
 class _StopOnce:
@@ -96,16 +131,20 @@ class _StopOnce:
         raise SignalException(f"{name} received", signal.Signals(number))
 
 
-def exit_code(failures: dict[int, ProcessFailure]) -> int:
-    """The code of the rank that knows why the run failed: losing a peer is what happens to the others. Says which
-    ranks a signal killed, since those could not."""
+def exit_code(failures: dict[int, ProcessFailure], overdue: Collection[int] = ()) -> int:
+    """The code of the rank that knows why the run failed: losing a peer is what happens to the others. Names that rank,
+    and those that a signal killed, since they could not speak; overdue: the ranks that the agent itself killed."""
     codes = {rank: failure.exitcode for rank, failure in sorted(failures.items())}
     for rank, code in codes.items():
-        if code < 0:
+        if code < 0 and rank not in overdue:
             name = signal.Signals(-code).name
             print(f"bireme: rank {rank} (process {failures[rank].pid}) was killed by {name}", file=sys.stderr)
-    causes = [code for code in codes.values() if code > 0 and code != PEER_LOST]
-    return causes[0] if causes else PEER_LOST
+    causes = {rank: code for rank, code in codes.items() if code > 0 and code != PEER_LOST}
+    for rank, code in list(causes.items())[:1]:
+        if PEER_LOST in codes.values():
+            print(f"bireme: rank {rank} ended with exit code {code}, and the others lost it", file=sys.stderr)
+        return code
+    return PEER_LOST
 
 
 def read_status(directory: Path) -> dict[str, Any]:

@@ -47,10 +47,17 @@ class DistributedFailure(RuntimeError):
     """A rank raised, died or hung. The message holds the end of every rank's log, the first to fail first."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60,
+    collective_timeout: float | None = None,
+) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` gloo processes; returns the results by rank.
 
     `function` is at the top level of an importable module or test file; arguments and results are pickled.
+    collective_timeout: seconds after which a collective or transfer fails, by default `timeout`.
     Raises `DistributedFailure` when a rank fails, or when not all are done after `timeout` seconds.
     """
     context = multiprocessing.get_context("forkserver")
@@ -62,7 +69,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         call = pickle.dumps(args)
         processes = []
         for rank in range(world_size):
-            where = (rank, world_size, folder, timeout)
+            where = (rank, world_size, folder, timeout, collective_timeout or timeout)
             what = (function.__module__, str(source), function.__qualname__, call)
             processes.append(context.Process(target=_worker, args=(where, what), daemon=True))
         first_failed, reason = None, ""
@@ -128,8 +135,8 @@ def _result(folder: str, rank: int) -> Path:
     return Path(folder, f"rank{rank}.result")
 
 
-def _worker(where: tuple[int, int, str, float], what: tuple[str, str, str, bytes]) -> None:
-    rank, world_size, folder, timeout = where
+def _worker(where: tuple[int, int, str, float, float], what: tuple[str, str, str, bytes]) -> None:
+    rank, world_size, folder, timeout, collective_timeout = where
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan when the test run itself is killed
     os.setpgid(0, 0)
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,7 +157,7 @@ def _worker(where: tuple[int, int, str, float], what: tuple[str, str, str, bytes
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=collective_timeout),
         )
         result = function(rank, world_size, *args)
         dist.barrier()  # a rank that leaves early would break its peers' last collective

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         if (line := lost_peer(error)) is not None:
             run.abandon(PEER_LOST, line)
         traceback.print_exc()
-        run.abandon(INTERNAL, f"{type(error).__name__}, above")
+        run.abandon(INTERNAL, _cause(error))
 
 
 class _Rank:
@@ -124,6 +124,13 @@ class _Rank:
         finally:
             sys.stdout.flush()
             os._exit(code)
+
+
+def _cause(error: Exception) -> str:
+    """An error and the notes taken on its way up, such as the action of the pipeline that it broke off."""
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{text} ({notes})" if notes else text
 
 
 def _one_line(text: str) -> str:
