@@ -32,6 +32,8 @@ LAYOUTS = {
     "ep2": ParallelConfig(expert=2),
     "1f1b_pp2_dp2": ParallelConfig(pipeline=2, data=2),
     "one": ParallelConfig(),
+    "1f1b_pp4_ends_without_layers": ParallelConfig(pipeline=4, layout="E|tt|ttt|mL"),
+    "dualpipe_pp4_stages_without_layers": ParallelConfig(pipeline=4, schedule="dualpipe", layout="E|t*5||mL"),
 }
 
 
