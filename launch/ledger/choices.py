@@ -80,8 +80,8 @@ EFFECTS: dict[str, dict[str, str]] = {
     },
 }
 
-# In the order in which they are tried. Those of the first group change no number and send nothing more: they are work on
-# the code. Those of the second cost something: a collective for every weight gradient, precision.
+# In the order in which they are tried. The first group is work on the code alone: no number changes.
+# The second costs something: a collective for every weight gradient, or precision.
 FREE: tuple[tuple[str, str], ...] = (
     ("owners", "tiles"),
     ("working", "lean"),

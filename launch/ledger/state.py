@@ -6,6 +6,7 @@ a test compares it with real buckets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,10 +51,16 @@ class Bucket:
 
     def piece(self, widest: int | None = None) -> int:
         """Elements that each owner holds, padding included. widest: columns of a unit at most (None: whole rows)."""
-        ordered = sorted(self.tensors, key=lambda tensor: canonical_key(tensor[0]))
+        ordered = sorted(self.tensors, key=lambda tensor: _place(tensor[0]))
         shapes = [(shape[0], prod(shape[1:])) for _, shape in ordered]
         cut = [(rows, min(widest or c, c - at)) for rows, c in shapes for at in range(0, c, widest or c)]
         return _piece(tuple(cut), self.owners)
+
+
+def _place(name: str) -> tuple[object, ...]:
+    """Order within a bucket: that of parameters, a rank's experts being one parameter, stacked."""
+    stacked = re.sub(r"experts\.\d+\.", "experts.", name)
+    return *canonical_key(stacked), canonical_key(name)
 
 
 @lru_cache(4096)

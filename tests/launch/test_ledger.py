@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from functools import partial
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +14,33 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.ledger.__main__ import main
 from launch.ledger.caches import stage_after_forward, stage_after_input_gradient
 from launch.ledger.choices import Choices
-from launch.ledger.layout import Contents
-from launch.ledger.load import Load
+from launch.ledger.layout import Contents, stage_contents
+from launch.ledger.load import Load, ranks_per_token
+from launch.ledger.state import held_state, in_fp8, rank_buckets
+from launch.ledger.timeline import QUEUED, walk
 from model.config import ModelConfig
+from model.count import count_parameters
 from model.latent_attention import Geometry
 from model.layer import TransformerLayer
 from model.mtp import MultiTokenPrediction
 from model.ops import Ops
+from model.partition import RankModel, stage_layout
 from model.rope import Rotary
 from model.segments import ChunkContext, SegmentedLayer
 from model.stage import Chunk, Depth, LossScales, Output, TransformerStage
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.contract import Pending
+from parallel.expert.layout import send_layout
+from parallel.optimizer.bucket import Bucket
+from parallel.optimizer.contract import ParameterSpec
 from parallel.pipeline.store import WeightGradStore
+from parallel.schedule.checker import check
+from parallel.schedule.registry import build as build_table
+from parallel.schedule.simulator import simulate
+from parallel.topology import Topology
 from tests.model.models import model_config
 
 WIDE = {
@@ -73,6 +88,7 @@ class Drop:
         pass
 
 
+ROOT = Path(__file__).resolve().parents[2]
 SEQUENCES, LENGTH = 2, 72
 
 
@@ -193,3 +209,130 @@ def test_cached_bytes_are_those_of_the_code(stage: str, changes: str, caches: st
     assert after_forward - few == expected
     queued = sum(stage_after_input_gradient(config, STAGES[stage], load, choices).values())
     assert after_input - few == queued
+
+
+# State --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 5, 11])
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
+def test_held_state_is_that_of_real_buckets(rank: int, changes: dict[str, object]) -> None:
+    config = model_config("tiny", **(WIDE | changes))
+    topology = Topology(data=2, pipeline=4, expert=2, rank=rank)
+    table = build_table("dualpipe", 4, 8)
+    layout = stage_layout(config, table, "")
+    specs = RankModel(config, topology, table, layout, torch.bfloat16).specs()
+    grouped: dict[str, list[ParameterSpec]] = {}
+    for spec in specs:
+        grouped.setdefault(spec.bucket, []).append(spec)
+    real = [Bucket(members, rank, None, torch.float32, torch.bfloat16, torch.float32) for members in grouped.values()]
+    contents = stage_contents(config, layout)
+    buckets = rank_buckets(config, contents, table, topology.pipeline_rank, expert=2, data=2)
+    assert {b.name: (b.elements, b.owners, b.piece()) for b in buckets} == {
+        b.name: (sum(s.parameter.numel() for s in b.specs), b.owners, b.piece) for b in real
+    }
+    ops = Ops(WeightGradStore(Drop()), torch.bfloat16, True, 1e-6)
+    fp8 = [s.parameter for s in specs if in_fp8(s.parts[0].name)]
+    copies = [ops.weight(parameter) for parameter in fp8]
+    assert held_state(buckets, Choices()) == {
+        "BF16 weights": sum(s.parameter.nbytes for s in specs),
+        "FP8 weights": sum(q.data.nbytes + q.scale.nbytes for q in copies),  # type: ignore[union-attr]
+        "gradient accumulators": sum(b.gradients.nbytes + (b.reduced.nbytes if b.owners > 1 else 0) for b in real),
+        "FP32 masters": sum(b.master.nbytes for b in real),
+        "BF16 moments": sum(b.exp_avg.nbytes + b.exp_avg_sq.nbytes for b in real),
+    }
+
+
+def test_v3_parameters_over_all_ranks() -> None:
+    """Every tensor once: 671,026,419,200 without MTP, less the router biases, which no bucket holds."""
+    config = model_config("v3")
+    table = build_table("dualpipe", 16, 32)
+    contents = stage_contents(config, stage_layout(config, table, ""))
+    every: dict[str, int] = {}
+    for rank in range(16):
+        for bucket in rank_buckets(config, contents, table, rank, expert=1, data=1):
+            every |= {name: prod(shape) for name, shape in bucket.tensors}
+    counted = count_parameters(config)
+    assert counted.total == 671_026_419_200
+    main = sum(size for name, size in every.items() if not name.startswith("mtp."))
+    assert main == counted.total - counted.router_biases == 671_026_404_352
+    assert sum(every.values()) - main == counted.mtp - config.num_routed_experts
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 64])
+def test_expected_ranks_of_a_token(ranks: int) -> None:
+    """Against routes drawn at random."""
+    config = model_config("v3")
+    tokens, E, G = 4096, config.num_routed_experts, config.num_expert_groups
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.rand(tokens, G, generator=generator).topk(config.groups_per_token).indices
+    allowed = torch.zeros(tokens, G).scatter_(1, groups, 1.0).repeat_interleave(E // G, 1)
+    index = (torch.rand(tokens, E, generator=generator) * allowed).topk(config.experts_per_token).indices
+    sent = send_layout(index, E // ranks, ranks).rank_hit_RT.sum().item()
+    assert sent / tokens == pytest.approx(ranks_per_token(config, ranks), rel=5e-3)
+
+
+# Timeline -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p", "1f1b", "dualpipev"])
+def test_chunks_are_those_of_the_checker(schedule: str) -> None:
+    table = build_table(schedule, 4, 12)
+    simulation, report = simulate(table), check(table)
+    for rank in range(table.ranks):
+        situations = [moment.situation for moment in walk(simulation, rank)]
+        assert max(sum(count for _, count in s.held) for s in situations) == report.peak_chunks[rank]
+        queue = [sum(count for (_, state), count in s.held if state == QUEUED) for s in situations]
+        assert max(queue) == report.queue_depth[rank]
+        # At the end only what the last action itself held is left.
+        assert sum(count for _, count in situations[-1].held) == 1
+
+
+def test_boundaries_by_hand() -> None:
+    """GPipe, two ranks, two chunks. Rank 0: an activation leaves with each F; a gradient is there during each B."""
+    found = [moment.situation.boundaries for moment in walk(simulate(build_table("gpipe", 2, 2)), 0)]
+    assert found[0] == 0 and found[1] == 1
+    assert min(found[2:]) >= 1
+
+
+# Command ------------------------------------------------------------------------------------------------------------
+
+V3 = ["model=v3", "pipeline=16", "expert=64", "ranks=2048", "micro_batches=24,30,60,120"]
+
+
+def test_the_document_holds_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*V3, f"out={tmp_path}"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for line in (tmp_path / "memory_tables.md").read_text(encoding="utf-8").splitlines():
+        assert line in document, line
+    assert last["largest"] == max(p["total"] for c in last["classes"] for p in c["peaks"].values())
+    assert last["largest"] > last["budget"] >= last["largest_remedied"] and not last["fits"]
+    # The remedy given as choices fits, by itself.
+    assert main([*V3, *last["remedy"]]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["fits"] and again["largest"] == last["largest_remedied"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (V3[1:], "model missing"),
+        ([*V3, "model=v3"], "given twice"),
+        ([*V3, "colour=red"], "must be KEY=VALUE"),
+        (["model=v9", *V3[1:]], "unknown; allowed: demo, tiny, v3"),
+        ([*V3[:3], "ranks=2000", V3[4]], "multiple of pipeline x expert = 1024"),
+        ([*V3[:4], "micro_batches=25"], "must be an even number"),
+        ([*V3, "caches=int4"], "allowed: fp8, bf16"),
+        ([*V3, "caches=bf16", "weights=fp8"], "needs caches=fp8"),
+        ([*V3, "layout=Et|tL"], "allowed 16"),
+        ([*V3, "length=1.5"], "whole number"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 64
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
