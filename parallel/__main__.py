@@ -1,7 +1,19 @@
-"""`python -m parallel schedule=dualpipe stages=8 micro_batches=20 [out=DIR]`: a schedule's table and its figures.
+"""Pipeline schedules: one table with its figures, or all of them side by side.
 
-Costs are the unit costs: F 1, B 2, I 1, W 1, F&B 3, transfers nothing. With `out`, the timeline is drawn to
-DIR/<schedule>_p<stages>_m<micro_batches>.png and .svg. The last line is one JSON object.
+    python -m parallel schedule=dualpipe stages=8 micro_batches=20 [stages_per_rank=V] [out=DIR]
+    python -m parallel compare ranks=8 micro_batches=20 [out=DIR] [F=1 B=2 W=1 pair=3 send=0 all_to_all_F=.. ...]
+
+The first prints a schedule's table at unit costs: F 1, B 2, I 1, W 1, F&B 3, transfers nothing. `stages` are the
+pipeline stages of a direction, on as many ranks except for zbv and dualpipev (two on a rank) and interleaved
+(stages_per_rank, 2 if not given); `ranks` may be given instead. With `out`, the timeline is drawn to
+DIR/<schedule>_p<stages>_m<micro_batches>.png and .svg.
+
+The second puts all schedules beside one another at equal costs of a rank's layers: F, B (whole), W, pair (F + B if not
+given), send, and dispatch and combine of the experts, all_to_all_F and all_to_all_B (DeepSeek's measured share of F and
+B if not given), of which a pair leaves exposed_share. With `out`, DIR/compare_p<ranks>_m<micro_batches>.html, and its
+pictures without and with all-to-all as .png and .svg.
+
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,6 +21,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +30,18 @@ from rich.table import Table as Grid
 from parallel.schedule.actions import Post, Table
 from parallel.schedule.boundary import parts
 from parallel.schedule.checker import check
-from parallel.schedule.registry import SCHEDULES, build
-from parallel.schedule.simulator import simulate
+from parallel.schedule.comparison import HEADINGS, Row, cells, compare, measured_all_to_all, page
+from parallel.schedule.registry import SCHEDULES, build, stages_per_rank
+from parallel.schedule.simulator import Costs, simulate
 
-USAGE = f"usage: python -m parallel schedule={{{'|'.join(SCHEDULES)}}} stages=N micro_batches=N [out=DIR]"
+USAGE = (
+    f"usage: python -m parallel schedule={{{'|'.join(SCHEDULES)}}} stages=N micro_batches=N [stages_per_rank=V] "
+    "[out=DIR], or python -m parallel compare ranks=N micro_batches=N [out=DIR] [F= B= W= pair= send= all_to_all_F= "
+    "all_to_all_B= exposed_share=]"
+)
 EXIT_USAGE, EXIT_CANNOT_WRITE = 64, 73
+ONE = ("schedule", "stages", "ranks", "micro_batches", "stages_per_rank", "out")
+COSTS = ("F", "B", "W", "pair", "send", "all_to_all_F", "all_to_all_B", "exposed_share")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,25 +49,22 @@ def main(arguments: Sequence[str]) -> int:
     if set(arguments) & {"-h", "--help", "help"}:
         print(f"{USAGE}\n\n{__doc__}")
         return 0
+    given: dict[str, str] = {}
     try:
-        given = _parse(arguments)
-        table = build(given["schedule"], _number(given, "stages"), _number(given, "micro_batches"))
+        if list(arguments[:1]) == ["compare"]:
+            given = _parse(arguments[1:], ("ranks", "micro_batches", "out", *COSTS), ("ranks", "micro_batches"))
+            return _compare(given)
+        given = _parse(arguments, ONE, ("schedule", "micro_batches"))
+        return _one(given)
     except ValueError as error:
         print(f"python -m parallel: {error}", file=sys.stderr)
         return EXIT_USAGE
-    files: list[Path] = []
-    if "out" in given:
-        try:
-            files = _draw(table, Path(given["out"]))
-        except OSError as error:
-            print(f"python -m parallel: out={given['out']}: cannot write: {error.strerror or error}", file=sys.stderr)
-            return EXIT_CANNOT_WRITE
-    _print(table, files)
-    return 0
+    except OSError as error:
+        print(f"python -m parallel: out={given['out']}: cannot write: {error.strerror or error}", file=sys.stderr)
+        return EXIT_CANNOT_WRITE
 
 
-def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    allowed = ("schedule", "stages", "micro_batches", "out")
+def _parse(arguments: Sequence[str], allowed: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, str]:
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -56,7 +73,7 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
         if key in given:
             raise ValueError(f"{key} is given twice: {given[key]} and {value}")
         given[key] = value
-    missing = [key for key in allowed[:3] if key not in given]
+    missing = [key for key in needed if key not in given]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; {USAGE}")
     return given
@@ -69,6 +86,24 @@ def _number(given: dict[str, str], key: str) -> int:
         raise ValueError(f"{key}={given[key]}: must be a whole number") from None
 
 
+def _one(given: dict[str, str]) -> int:
+    name = given["schedule"]
+    wanted = _number(given, "stages_per_rank") if "stages_per_rank" in given else None
+    held = stages_per_rank(name, wanted)
+    if ("stages" in given) == ("ranks" in given):
+        raise ValueError(f"exactly one of stages and ranks must be given; {USAGE}")
+    if "ranks" in given:
+        ranks = _number(given, "ranks")
+    else:
+        ranks, rest = divmod(_number(given, "stages"), held)
+        if rest:
+            raise ValueError(f"stages={given['stages']}: must be a multiple of {held}: {name} has {held} on every rank")
+    table = build(name, ranks, _number(given, "micro_batches"), wanted)
+    files = _draw(table, Path(given["out"])) if "out" in given else []
+    _print(table, files)
+    return 0
+
+
 def _draw(table: Table, folder: Path) -> list[Path]:
     # matplotlib takes longer to import than everything else here takes to run
     from parallel.schedule.drawing import Panel, bars_of, draw_timelines
@@ -76,6 +111,84 @@ def _draw(table: Table, folder: Path) -> list[Path]:
     title = f"{table.name}, {table.ranks} ranks, {table.micro_batches} micro-batches, as scheduled"
     panel = Panel(title, bars_of(simulate(table)), "F")
     return list(draw_timelines([panel], folder / f"{table.name}_p{table.stages}_m{table.micro_batches}"))
+
+
+def _compare(given: dict[str, str]) -> int:
+    ranks, micro_batches, costs = _number(given, "ranks"), _number(given, "micro_batches"), _costs(given)
+    rows = compare(ranks, micro_batches, costs)
+    subtitle = (
+        f"{ranks} ranks, {micro_batches} micro-batches; F {costs.forward:g}, B {costs.backward:g}, "
+        f"W {costs.weight_grad:g}, F&B {costs.pair:g}, transfer {costs.send:g}, all-to-all "
+        f"F {costs.all_to_all_forward:.3g} and B {costs.all_to_all_backward:.3g}, of which a pair leaves "
+        f"{costs.exposed_share:.1%}"
+    )
+    files = _draw_comparison(rows, subtitle, Path(given["out"])) if "out" in given else []
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    grid = Grid(title=subtitle, title_justify="left")
+    for heading in HEADINGS:
+        grid.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
+    for row in rows:
+        grid.add_row(*cells(row))
+    console.print(grid)
+    for file in files:
+        print(f"written: {file}")
+    figures = {"ranks": ranks, "micro_batches": micro_batches, "schedules": [row.figures() for row in rows]}
+    print(json.dumps({**figures, "files": [str(file) for file in files]}))
+    return 0
+
+
+def _costs(given: dict[str, str]) -> Costs:
+    def cost(key: str, default: float) -> float:
+        try:
+            value = float(given.get(key, default))
+        except ValueError:
+            raise ValueError(f"{key}={given[key]}: must be a number") from None
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{key}={given[key]}: must be at least 0 and finite")
+        return value
+
+    forward, backward, weight = cost("F", 1), cost("B", 2), cost("W", 1)
+    if not 0 < weight < backward or not forward:
+        raise ValueError(f"F={forward:g} B={backward:g} W={weight:g}: F and W must be above 0, and B above W")
+    costs = Costs(
+        forward,
+        backward,
+        input_grad=backward - weight,
+        weight_grad=weight,
+        pair=cost("pair", forward + backward),
+        send=cost("send", 0),
+        exposed_share=cost("exposed_share", Costs.exposed_share),
+    )
+    costs = measured_all_to_all(costs)
+    return replace(
+        costs,
+        all_to_all_forward=cost("all_to_all_F", costs.all_to_all_forward),
+        all_to_all_backward=cost("all_to_all_B", costs.all_to_all_backward),
+    )
+
+
+def _draw_comparison(rows: Sequence[Row], subtitle: str, folder: Path) -> list[Path]:
+    from parallel.schedule.drawing import Panel, bars_of, draw_timelines, publish
+
+    stem = f"compare_p{rows[0].table.ranks}_m{rows[0].table.micro_batches}"
+    files, pictures = [], []
+    for suffix, caption in (("", "Without all-to-all"), ("_all_to_all", "With all-to-all")):
+        runs = [row.run_all_to_all if suffix else row.run for row in rows]
+        panels = [
+            Panel(
+                f"{row.table.name}{' with all-to-all' if suffix else ''} ({row.parameters}x parameters, "
+                f"peak {row.peak:g} chunks)",
+                bars_of(run),
+                "F",
+            )
+            for row, run in zip(rows, runs, strict=True)
+        ]
+        png, svg = draw_timelines(panels, folder / f"{stem}{suffix}", one_axis=True, row_in=0.24)
+        files += [png, svg]
+        pictures.append((caption, svg.read_text()))
+    html = folder / f"{stem}.html"
+    publish(page(rows, subtitle, pictures).encode(), html)
+    return [html, *files]
 
 
 def _print(table: Table, files: list[Path]) -> None:
@@ -109,6 +222,7 @@ def _print(table: Table, files: list[Path]) -> None:
     figures = {
         "schedule": table.name,
         "stages": table.stages,
+        "ranks": table.ranks,
         "micro_batches": table.micro_batches,
         "makespan": simulation.makespan,
         "bubble": max(bubbles),
