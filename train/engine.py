@@ -37,7 +37,6 @@ from parallel.schedule.transfers import forward_only
 from parallel.topology import Groups, Topology
 
 
-
 @dataclass(frozen=True)
 class StepPlan:
     """What a step needs beside its tokens: denominators, loss weights, learning rate."""
