@@ -79,7 +79,9 @@ def _pieces(logits_MV: Tensor) -> Iterator[slice]:
 
 
 def _row_scale(scale: float | Tensor, logits_MV: Tensor, compute: torch.dtype) -> Tensor:
-    return torch.as_tensor(scale, dtype=compute, device=logits_MV.device).expand(logits_MV.shape[0])
+    if isinstance(scale, Tensor):
+        return scale.to(compute).expand(logits_MV.shape[0])
+    return logits_MV.new_full((), scale, dtype=compute).expand(logits_MV.shape[0])
 
 
 def _subtract_labels(probability: Tensor, labels_M: Tensor, scale_M: Tensor, ignore_index: int) -> Tensor:
@@ -88,7 +90,5 @@ def _subtract_labels(probability: Tensor, labels_M: Tensor, scale_M: Tensor, ign
     rows = torch.arange(labels_M.shape[0], device=labels_M.device)
     probability[rows, labels_M.masked_fill(ignored, 0)] -= 1.0
     probability.mul_(scale_M.unsqueeze(-1))
-    # Not a factor of zero: an ignored row may hold anything, NaN too.
-    if bool(ignored.any()):
-        probability[ignored] = 0.0
-    return probability
+    # Not a factor of zero: an ignored row may hold anything, NaN too. Nor a test for any: the host would wait for it.
+    return probability.masked_fill_(ignored.unsqueeze(-1), 0.0)

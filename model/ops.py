@@ -353,7 +353,7 @@ class Embedding(Function):
 
         def grad() -> torch.Tensor:
             high = torch.promote_types(dy.dtype, torch.float32)
-            return torch.zeros(table.shape, dtype=high).index_add_(0, tokens_N, dy.to(high))
+            return dy.new_zeros(table.shape, dtype=high).index_add_(0, tokens_N, dy.to(high))
 
         ops.store.put(table, grad)
         return None, None, None, None

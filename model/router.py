@@ -73,9 +73,10 @@ def sequence_balance_loss(
 
 
 def expert_load(index_TK: torch.Tensor, experts: int, real_T: torch.Tensor | None = None) -> torch.Tensor:
-    """Real tokens sent to each expert: [E] int64."""
-    chosen = index_TK if real_T is None else index_TK[real_T]
-    return torch.bincount(chosen.flatten(), minlength=experts)
+    """Real tokens sent to each expert: [E] int64. Asks the device for no size, as a mask or `bincount` would."""
+    counted = torch.ones_like(index_TK) if real_T is None else real_T[..., None].expand_as(index_TK).to(index_TK.dtype)
+    load_E = torch.zeros(experts, dtype=torch.int64, device=index_TK.device)
+    return load_E.scatter_add_(0, index_TK.flatten(), counted.flatten())
 
 
 @torch.no_grad()
