@@ -7,6 +7,7 @@ processes starts in tenths of a second. What the ranks do is `train.__main__.mai
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -98,10 +99,11 @@ class Nursery:
     def __init__(self, pipe: subprocess.Popen[str]) -> None:
         self.pipe = pipe
 
-    def start(self, run_arguments: list[str], logs: Path, ranks: int = RANKS) -> Started:
+    def start(self, run_arguments: list[str], logs: Path, ranks: int = RANKS, first: str = "") -> Started:
+        """first: `module:function`, called with the rank in each of them before anything else."""
         logs.mkdir(parents=True)
         assert self.pipe.stdin is not None and self.pipe.stdout is not None
-        request = {"arguments": run_arguments, "logs": str(logs), "ranks": ranks, "port": _free_port()}
+        request = {"arguments": run_arguments, "logs": str(logs), "ranks": ranks, "port": _free_port(), "first": first}
         self.pipe.stdin.write(json.dumps(request) + "\n")
         self.pipe.stdin.flush()
         return Started(self.pipe, json.loads(self.pipe.stdout.readline()), logs)
@@ -155,6 +157,9 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(request["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"])
         )
+        if request["first"]:
+            module, _, function = request["first"].partition(":")
+            getattr(importlib.import_module(module), function)(rank)
         import train.__main__
 
         code = train.__main__.main(request["arguments"])
