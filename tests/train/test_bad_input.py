@@ -79,7 +79,10 @@ def tree(folder: Path) -> set[Path]:
         ([], ["stages: none given"]),
         (["experiment=demo", "parallel.schedule=dualpip"], ["schedule=dualpip", "allowed: dualpipe"]),
         (["experiment=demo", "parallel.expert=3"], ["parallel.expert: found 3", "divisors of 8"]),
-        (["experiment=demo", "parallel.layout=Ett|tmL"], ["parallel.layout", "found 3 transformer layers", "allowed 4"]),
+        (
+            ["experiment=demo", "parallel.layout=Ett|tmL"],
+            ["parallel.layout", "found 3 transformer layers", "allowed 4"],
+        ),
         (["experiment=demo", "parallel.pipeline=0"], ["parallel.pipeline: found 0", "1 or more"]),
         (["experiment=demo", "model.experts_per_token=9"], ["model.experts_per_token: found 9", "at most 4"]),
         (["experiment=demo", "model.kv_lora_rank=40"], ["model.kv_lora_rank: found 40", "multiples of 16"]),
