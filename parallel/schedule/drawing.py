@@ -194,7 +194,7 @@ def _label_box(axes: Axes, bar: Bar, x: float, y: float, room: tuple[float, floa
     """The chunk in the middle of its box, where `room` (width and height in points) allows."""
     label = str(bar.chunk)
     width, height = room
-    size = min(9.0, 0.68 * height, 1.5 * width / (len(label) + 0.25))
+    size = min(9.0, 0.75 * height, 1.5 * width / (len(label) + 0.25))
     if size < SMALLEST_LABEL:
         return
     axes.text(
