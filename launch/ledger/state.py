@@ -51,10 +51,7 @@ class Bucket:
 
     def piece(self, widest: int | None = None) -> int:
         """Elements that each owner holds, padding included. widest: columns of a unit at most (None: whole rows)."""
-        ordered = sorted(self.tensors, key=lambda tensor: _place(tensor[0]))
-        shapes = [(shape[0], prod(shape[1:])) for _, shape in ordered]
-        cut = [(rows, min(widest or c, c - at)) for rows, c in shapes for at in range(0, c, widest or c)]
-        return _piece(tuple(cut), self.owners)
+        return _piece(self.tensors, self.owners, widest)
 
 
 def _place(name: str) -> tuple[object, ...]:
@@ -64,7 +61,10 @@ def _place(name: str) -> tuple[object, ...]:
 
 
 @lru_cache(4096)
-def _piece(shapes: tuple[tuple[int, int], ...], owners: int) -> int:
+def _piece(tensors: tuple[tuple[str, Shape], ...], owners: int, widest: int | None) -> int:
+    ordered = sorted(tensors, key=lambda tensor: _place(tensor[0]))
+    whole = [(shape[0], prod(shape[1:])) for _, shape in ordered]
+    shapes = [(rows, min(widest or c, c - at)) for rows, c in whole for at in range(0, c, widest or c)]
     loads = [sum((r.last - r.first) * shapes[r.index][1] for r in owned) for owned in assign_rows(shapes, owners)]
     return -(-max(loads) // PIECE_UNIT) * PIECE_UNIT
 

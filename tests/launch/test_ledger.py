@@ -292,10 +292,10 @@ def test_chunks_are_those_of_the_checker(schedule: str) -> None:
 
 
 def test_boundaries_by_hand() -> None:
-    """GPipe, two ranks, two chunks. Rank 0: an activation leaves with each F; a gradient is there during each B."""
-    found = [moment.situation.boundaries for moment in walk(simulate(build_table("gpipe", 2, 2)), 0)]
-    assert found[0] == 0 and found[1] == 1
-    assert min(found[2:]) >= 1
+    """GPipe, two ranks, two chunks: F0 send F1 (send, receive) B0 receive B1, and F0 F1 B0 send B1 send."""
+    simulation = simulate(build_table("gpipe", 2, 2))
+    found = [[moment.situation.boundaries for moment in walk(simulation, rank)] for rank in (0, 1)]
+    assert found == [[0, 1, 2, 1], [0, 0, 0, 1]]
 
 
 # Command ------------------------------------------------------------------------------------------------------------
