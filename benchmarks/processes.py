@@ -27,6 +27,8 @@ import torch.distributed as dist
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.pipelining"]
 GRACE_SECONDS = 1.0
 PR_SET_PDEATHSIG, PR_SET_TIMERSLACK = 1, 29
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEEP_BYTES = 1 << 30
 
 Report = Callable[[Any], None]
 
@@ -101,6 +103,9 @@ def _worker(
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan when the benchmark itself is killed
     libc.prctl(PR_SET_TIMERSLACK, 1)  # a sleep may end this many nanoseconds late by choice of the kernel
+    # Memory once touched is kept, as a GPU's allocator keeps it: a fresh page costs more than the transfer into it.
+    libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+    libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
     try:
         torch.set_num_threads(1)
         if os.path.exists("/sys/class/net/lo"):

@@ -1,8 +1,8 @@
 """Stages that sleep for what they cost and pass real tensors on, for our executor.
 
-An F takes 1 unit, an I 1, a W 1, a B the 2 of I and W. Alone, an action hands on what it makes at its end, as the
-simulator has it. In a pair F&B the steps of both programs alternate (3 units in all), and dX leaves before the
-attention weight gradient, half a unit before the end.
+An F takes 1 unit, an I 1, a W 1, a B the 2 of I and W, a stage's check of what it was given included. Alone, an action
+hands on what it makes at its end, as the simulator has it. In a pair F&B the steps of both programs alternate (3 units
+in all), and dX leaves before the attention weight gradient, half a unit before the end.
 
 Sleeps are relative: what an action starts late, it ends late.
 """
@@ -22,9 +22,9 @@ from parallel.expert.contract import Pending
 from parallel.pipeline.contract import Program
 from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.actions import Op, Pair, Payload, Table
-from parallel.schedule.boundary import Boundary
+from parallel.schedule.boundary import Boundary, parts
 
-ELEMENTS = 1 << 18  # of float32: 1 MiB
+ELEMENTS = 250_000  # of float32: 1 MB
 LONGEST = 1 << 10  # chunks that can be told apart
 JITTER = 0.1
 
@@ -48,7 +48,7 @@ def content(boundary: Boundary) -> torch.Tensor:
 class Clock:
     """One rank's sleeps. expected: tensors its stages receive in a step. unit: seconds. factors: of (op, direction,
     stage, chunk), 1 where there is none. first, last: when its first sleep began and its last one ended. late: seconds
-    its `sleeps` took beyond what was asked for."""
+    its `sleeps` took beyond what was asked for. checking: seconds that the next sleep is shorter by."""
 
     expected: int
     unit: float = 0.0
@@ -57,30 +57,35 @@ class Clock:
     last: float = 0.0
     late: float = 0.0
     sleeps: int = 0
+    checking: float = 0.0
     received: list[tuple[Boundary, torch.Tensor]] = field(default_factory=list)
 
     def start(self, unit: float, factors: dict[tuple[Op, int, int, int], float]) -> None:
         self.unit, self.factors, self.first, self.last, self.late, self.sleeps = unit, factors, None, 0.0, 0.0, 0
+        self.checking = 0.0
         self.received.clear()
 
     def sleep(self, op: Op, direction: int, stage: int, chunk: int, share: float = 1.0) -> None:
         """`share` of the unit that an F, an I or a W takes."""
-        start = time.perf_counter()
+        start = time.perf_counter() - self.checking
         if self.first is None:
             self.first = start
         seconds = self.unit * share * self.factors.get((op, direction, stage, chunk), 1.0)
-        if seconds:
-            time.sleep(seconds)
+        if seconds > self.checking:
+            time.sleep(seconds - self.checking)
+        self.checking = 0.0
         self.last = time.perf_counter()
         self.late += self.last - start - seconds
         self.sleeps += 1
 
     def take(self, boundary: Boundary, tensor: torch.Tensor) -> None:
         """What a stage was given. Both ends must be right now, all of it by `check`, after the run."""
+        start = time.perf_counter()
         expected = content(boundary)
         if tensor[0].item() != expected[0].item() or tensor[-1].item() != expected[-1].item():
             raise RuntimeError(f"{boundary}: arrived with the wrong content, or was used before it arrived")
         self.received.append((boundary, tensor))
+        self.checking = time.perf_counter() - start
 
     def check(self) -> None:
         """After a step: every tensor that should have come has come, and every element of it is right."""
@@ -102,15 +107,15 @@ def draws(table: Table, seed: int) -> dict[tuple[Op, int, int, int], float]:
 
 
 class SleepingStage:
-    """One stage of the executor's. paired: the chunks whose backward runs beside a forward."""
+    """One stage of the executor's. paired: the chunks whose forward or backward runs beside another chunk's."""
 
     def __init__(self, key: tuple[int, int], table: Table, rank: int, clock: Clock, store: WeightGradStore) -> None:
         self.direction, self.stage = key
         self.last = self.stage == table.stages - 1
         self.clock, self.store = clock, store
         self.weight = nn.Parameter(torch.zeros(1))
-        halves = [action.backward for action in table.actions[rank] if isinstance(action, Pair)]
-        self.paired = {half.chunk for half in halves if (half.direction, half.stage) == key}
+        halves = [part for action in table.actions[rank] if isinstance(action, Pair) for part in parts(action)]
+        self.paired = {(half.op, half.chunk) for half in halves if (half.direction, half.stage) == key}
 
     def boundary_shape(self, chunk: int) -> tuple[int, ...]:
         return (ELEMENTS,)
@@ -125,29 +130,32 @@ class SleepingStage:
         self.clock.sleep(op, self.direction, self.stage, chunk, share)
 
     def forward_program(self, chunk: int, received: Pending[torch.Tensor] | None) -> Program:
+        paired = (Op.F, chunk) in self.paired
         yield "attn(F)"
         self._take(Payload.ACTIVATION, chunk, received)
-        self._sleep(Op.F, chunk, 0.5)
-        yield "mlp(F)"
-        self._sleep(Op.F, chunk, 0.5)
+        self._sleep(Op.F, chunk, 0.5 if paired else 1.0)
+        if paired:
+            yield "mlp(F)"
+            self._sleep(Op.F, chunk, 0.5)
         return None if self.last else content(Boundary(Payload.ACTIVATION, self.direction, self.stage + 1, chunk))
 
     def backward_program(
         self, chunk: int, received: Pending[torch.Tensor] | None, split: bool, emit: Callable[[torch.Tensor], None]
     ) -> Program:
-        paired = chunk in self.paired
+        paired = (Op.B, chunk) in self.paired
         yield "mlp(B)"
         self._take(Payload.GRADIENT, chunk, received)
-        self._sleep(Op.I, chunk, 0.5)
+        self._sleep(Op.I, chunk, 0.5 if paired else 1.0)
         if not split:
             yield "mlp(W)"
             self._sleep(Op.W, chunk, 0.5 if paired else 1.0)
-        yield "attn(B)"
-        self._sleep(Op.I, chunk, 0.5)
+        if paired:
+            yield "attn(B)"
+            self._sleep(Op.I, chunk, 0.5)
         emit(content(Boundary(Payload.GRADIENT, self.direction, self.stage - 1, chunk)))
         if split:
             self.store.defer((self.direction, self.stage, chunk), [[(self.weight, lambda: self._weights(chunk))]])
-        elif paired:
+        if paired:
             yield "attn(W)"
             self._sleep(Op.W, chunk, 0.5)
 
