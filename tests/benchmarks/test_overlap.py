@@ -46,6 +46,7 @@ def test_issue_and_wait_as_declared(order: str) -> None:
     assert " ".join(record.issued) == " ".join([ISSUED[order]] * 4)
     assert " ".join(record.waited) == WAITED
     assert in_declared_order(case, record)
+    assert not in_declared_order(case, replace(record, waited=record.waited[::-1]))
     assert not in_declared_order(Case("", "default" if order == "published" else "published"), record)
 
 
