@@ -92,7 +92,7 @@ def overlapped(rank: int, at: int) -> Recorder:
     recorder.add(Kind.STEP, "attn(B)", ms(9), ms(11))
     recorder.add(Kind.COMMUNICATION, "counts", ms(1), ms(8), channel=Channel.COUNTS)
     recorder.add(Kind.WAIT, "counts", ms(6), ms(8), channel=Channel.COUNTS)
-    recorder.add(Kind.COMMUNICATION, "rows", ms(5), ms(9), channel=Channel.ALL_TO_ALL, step="dispatch(B)")
+    recorder.add(Kind.COMMUNICATION, "rows", ms(5), ms(7), channel=Channel.ALL_TO_ALL, step="dispatch(B)")
     recorder.add(Kind.WAIT, "rows", ms(8), ms(9), channel=Channel.ALL_TO_ALL)
     recorder.add(Kind.COMMUNICATION, "rows", ms(10), ms(10.5), channel=Channel.ALL_TO_ALL, step="dispatch(F)")
     recorder.action(Compute(Op.W, 0, rank, 0), ms(12), ms(15))
@@ -115,7 +115,7 @@ def test_waits_are_no_compute(tmp_path: Path, merged: bool) -> None:
     window = windows(lanes)
     for rank in (0, 1):
         found = figures(lanes[rank], window[rank])
-        # attn(F) 2..4, mlp(B) 4..6, attn(B) 9..11, W 12..15; all-to-all 5..9 and 10..10.5, waits inside it
+        # attn(F) 2..4, mlp(B) 4..6, attn(B) 9..11, W 12..15; all-to-all 5..7 and 10..10.5, waits 6..9
         measured = (found.span, found.compute, found.all_to_all, found.overlapped, found.exposed)
         assert measured == pytest.approx((16, 9, 4.5, 1.5, 3), abs=1e-6)
         assert found.idle == pytest.approx(16 - 9 - 3, abs=1e-6)
