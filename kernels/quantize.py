@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,8 @@ def _tile_rows(counts: tuple[int, ...]) -> list[int]:
 
 def _spread(per_tile: Tensor, counts: tuple[int, ...]) -> Tensor:
     """[tiles, K] -> [M, K]: each real row gets its tile's values."""
-    return per_tile.repeat_interleave(torch.tensor(_tile_rows(counts), device=per_tile.device, dtype=torch.int64), 0)
+    repeats = _from_host(_tile_rows(counts), per_tile.device)
+    return per_tile.repeat_interleave(repeats, 0, output_size=sum(counts))
 
 
 def _padded_position(counts: tuple[int, ...], device: torch.device) -> Tensor:
@@ -241,8 +243,14 @@ def _padded_position(counts: tuple[int, ...], device: torch.device) -> Tensor:
     for count in counts:
         shift.append(total)
         total += padded_rows(count) - count
-    groups = torch.tensor((shift, counts), dtype=torch.int64, device=device)
-    return groups[0].repeat_interleave(groups[1]) + torch.arange(sum(counts), device=device)
+    groups, rows = _from_host((shift, counts), device), sum(counts)
+    return groups[0].repeat_interleave(groups[1], output_size=rows) + torch.arange(rows, device=device)
+
+
+def _from_host(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """int64 on `device`, without the host waiting for it: copied from pinned memory."""
+    pinned = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def _check_matrix(x_MK: Tensor, name: str) -> None:

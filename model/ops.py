@@ -61,9 +61,9 @@ class Box:
         return value or (None, None)
 
 
-def stand_in(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the right shape and no storage, for autograd where FP8 rows travel beside it."""
-    return torch.zeros((), dtype=dtype).expand(rows, width)
+def stand_in(rows: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of their shape and device and no storage, for autograd where FP8 rows travel beside it."""
+    return torch.zeros((), dtype=dtype, device=rows.device).expand(rows.rows, rows.columns)
 
 
 def _remembered(q: Quantized) -> Quantized:

@@ -135,7 +135,7 @@ class SegmentedLayer:
         self, state: LayerState, received: Received, exact: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         rows, box = received.rows, state.box
-        entering = stand_in(rows.rows, rows.columns, dtype) if isinstance(rows, Quantized) else rows
+        entering = stand_in(rows, dtype) if isinstance(rows, Quantized) else rows
         assert received.weights_X is not None
         (out,) = state.experts.run(lambda x, w: self._experts(x, w, received, exact, box), entering, received.weights_X)
         return out
@@ -221,7 +221,7 @@ class SegmentedLayer:
             grad = rows
             if isinstance(rows, Quantized):
                 state.box.put(rows, exact.wait() if exact else None)
-                grad = stand_in(rows.rows, rows.columns, dy.dtype)
+                grad = stand_in(rows, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
             reduced = dispatcher.reduce(state.route, drows, dweights_X)
             ready = (dispatcher.mark(),)
