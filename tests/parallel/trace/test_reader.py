@@ -90,3 +90,14 @@ def test_broken_files(tmp_path: Path, content: bytes, says: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="cannot read: No such file"):
         load(tmp_path / "none.json")
+
+
+def test_an_end_closes_the_innermost_begin(tmp_path: Path) -> None:
+    def event(phase: str, ts: float, tid: int, **more: Any) -> dict[str, Any]:
+        return {"ph": phase, "pid": "p", "tid": tid, "ts": ts, **more}
+
+    path = tmp_path / "trace.json"
+    begins = [event("B", 1, 0, name="outer", args={"a": 1}), event("B", 2, 0, name="inner"), event("B", 2, 1, name="x")]
+    path.write_text(json.dumps([*begins, event("E", 3, 0), event("E", 5, 0, args={"b": 2}), event("E", 4, 1)]))
+    spans = {span.name: (span.start, span.end, span.args) for span in TraceFile(path).spans()}
+    assert spans == {"inner": (2, 3, {}), "outer": (1, 5, {"a": 1, "b": 2}), "x": (2, 4, {})}
