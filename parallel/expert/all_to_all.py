@@ -10,7 +10,9 @@ Shape letters: T tokens, K experts per token, D width, S rows sent, V rows recei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +112,10 @@ class AllToAllDispatcher:
         """The end of what was computed so far: what a movement issued later is `after`."""
         return self.device.mark()
 
+    def _side(self, after: Sequence[Event]) -> AbstractContextManager[Any]:
+        """Where rows are picked and packed. A lone rank has no ticket for compute to wait for: all is compute."""
+        return nullcontext() if self.group is None else self.device.side(EXPERT, after)
+
     def _exchange(self, sent: torch.Tensor, give: list[int], take: list[int]) -> tuple[torch.Tensor, list[Ticket]]:
         if self.group is None:
             return sent, []
@@ -118,13 +124,16 @@ class AllToAllDispatcher:
 
     def plan(self, expert_index_TK: torch.Tensor, after: Sequence[Event] = ()) -> Route:
         """Start the exchange of counts for [T, K] expert ids; resolved by the first scatter."""
-        with self.device.side(EXPERT, after):
+        with self._side(after):
             sending = send_layout(expert_index_TK, self.local_experts, self.ranks)
             ones = [1] * self.ranks
             received_RC, tickets = self._exchange(sending.counts_RC, ones, ones)
+        made = (self.mark(),) if self.group is None else ()
 
         def counts() -> tuple[list[int], list[int], list[int]]:
             ticket = tickets[0] if tickets else None
+            with self.device.side(EXPERT, made):  # so that `read` comes after them
+                pass
             given, taken = self.device.read(EXPERT, ticket, sending.counts_RC, received_RC)
             experts = [sum(column) for column in zip(*(row[1:] for row in taken), strict=True)]
             return [row[0] for row in given], [row[0] for row in taken], experts
@@ -140,7 +149,7 @@ class AllToAllDispatcher:
         columns = [rows.data.view(torch.uint8), rows.scale] if isinstance(rows, Quantized) else [rows]
         if weights_TK is not None:
             columns += [route.expert_index_TK, weights_TK]
-        with self.device.side(EXPERT, after):
+        with self._side(after):
             if route.rows_S is None:
                 assert route.sending is not None
                 route.rows_S, route.sending = route.sending.rows(sum(route.give)), None
@@ -183,7 +192,7 @@ class AllToAllDispatcher:
     ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
         """What `reduce` made -> ([T, D] sums over all ranks, [T, K] gradients of the router weights if they were
         given)."""
-        with self.device.side(EXPERT, after):
+        with self._side(after):
             packer = _Packer(reduced.columns)
             packed_S, tickets = self._exchange(packer.packed, route.take, route.give)
         kept = [reduced]
