@@ -89,6 +89,8 @@ def test_the_shared_expert_runs_before_the_wait() -> None:
     moved = {interval.name: interval for interval in record.lane(EXPERT)}
     assert lane["shared(B)"].start < moved["combine(B)"].end <= lane["mlp(B)"].start
     assert record.compute_busy == pytest.approx(31.3)
+    alone = {interval.name: interval for interval in measure(Case("", "serial", "M", "M", shared=0.5)).intervals}
+    assert alone["shared(F)"].start < alone["dispatch(F)"].end <= alone["mlp(F)"].start
 
 
 def test_one_layer_by_hand() -> None:
