@@ -55,6 +55,8 @@ def problems_of(config: RunConfig) -> list[str]:
         found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
     if p.stages_per_rank < 0:
         found.append(f"parallel.stages_per_rank: found {p.stages_per_rank}, allowed 0 or more")
+    if any(step < 1 for step in config.logging.trace_steps):
+        found.append(f"logging.trace_steps: found {config.logging.trace_steps}, allowed steps from 1")
     if config.precision.compute not in COMPUTE:
         found.append(f"precision.compute: found '{config.precision.compute}', allowed {', '.join(COMPUTE)}")
     if config.precision.fp8 and config.precision.compute != "bfloat16":

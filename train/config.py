@@ -81,13 +81,15 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     """wandb: `offline`, `online` or `disabled`. timeline_step: step of each stage whose pipeline is recorded for the
-    report. audit_step: step of the first stage whose products are recorded in audit.json (0: none)."""
+    report. audit_step: step of the first stage whose products are recorded in audit.json (0: none). trace_steps: steps
+    of the run whose actions, communications and waits every rank writes to trace/ (see docs/tracing.md)."""
 
     wandb: str = "offline"
     project: str = "bireme"
     console: bool = True
     timeline_step: int = 5
     audit_step: int = 0
+    trace_steps: list[int] = field(default_factory=list)
 
 
 @dataclass

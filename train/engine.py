@@ -35,6 +35,7 @@ from parallel.schedule.actions import Table
 from parallel.schedule.registry import build
 from parallel.schedule.transfers import forward_only
 from parallel.topology import Groups, Topology
+from parallel.trace.recorder import NO_RECORDER, Recorder
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Engine:
         self.order = ORDERS[parallel.order]
         self._tables: dict[int, Table] = {}
         self._executors: dict[tuple[int, bool], Executor] = {}
+        self._recorder: Recorder | None = NO_RECORDER
         shape = self.table(2)
         self.model = RankModel(model, self.topology, shape, stage_layout(model, shape, parallel.layout), dtype)
         members = {*self.model.replica_groups(), *self.topology.expert_groups()}
@@ -112,6 +114,12 @@ class Engine:
             *(f"mtp.{k}.layer" for k in range(model.mtp_depth)),
         ]
         self._rotaries: dict[int, Rotary] = {}
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Trace every action, communication and wait of the steps that follow; None ends it."""
+        self._recorder = self.dispatcher.recorder = recorder
+        for bucket in self.optimizer.buckets:
+            bucket.recorder = recorder
 
     def table(self, micro_batches: int) -> Table:
         """The schedule for this many micro-batches; ValueError when there is none."""
@@ -216,6 +224,7 @@ class Engine:
                 self.topology.pipeline_peer,
                 self.device,
             )
+        self._executors[key].recorder = self._recorder
         return self._executors[key]
 
     def _reduce_load(self) -> torch.Tensor:

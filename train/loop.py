@@ -20,12 +20,15 @@ from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
 from parallel.schedule.simulator import simulate
+from parallel.trace.chrome import write_rank
+from parallel.trace.clock import ClockOffset, clock_offset
+from parallel.trace.recorder import Recorder
 from train.agree import gather_json, together
 from train.audit import StepAudit, write_audit
 from train.compose import config_digest, config_json
 from train.config import RunConfig, StageConfig
 from train.engine import Engine, StepPlan, StepResult
-from train.errors import PREEMPTED, ConfigError, NumericError
+from train.errors import PREEMPTED, CannotWriteError, ConfigError, NumericError
 from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
 from train.run_checkpoints import RunCheckpoints, restore
 from train.rundir import RunDirectory
@@ -62,6 +65,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
         self.state = RunState()
         self._announced: set[int] = set()
+        self._recorder = Recorder(rank)
         self._restore()
         self.metrics: RunMetrics = open_metrics(
             directory.path,
@@ -210,9 +214,14 @@ class Trainer:
         self._announce(micro_batches)
         audited = state.stage == 0 and state.stage_step + 1 == self.config.logging.audit_step
         audit = StepAudit(self.engine.ops) if audited else None
+        traced = state.step + 1 in self.config.logging.trace_steps
+        if traced:
+            self.engine.record(self._recorder)
         with audit.watching() if audit else nullcontext():
             result = self.engine.step(batches, micro_batches, plan)
         state.step += 1
+        if traced:
+            self._trace()
         state.stage_step += 1
         state.tokens += counts.tokens
         state.stage_tokens += counts.tokens
@@ -291,6 +300,22 @@ class Trainer:
             name = "timeline.json" if self.state.stage == 0 else f"timeline.{self.state.stage}.json"
             measured = [Measured(**m) for m in rows]
             write_timeline(self.directory.path / name, self.engine.table(micro_batches), measured)
+
+    def _trace(self) -> None:
+        """Leave off recording; after the last step that is asked for, every rank writes its own file."""
+        self.engine.record(None)
+        if self.state.step == max(self.config.logging.trace_steps):
+            clock = clock_offset()
+            together(lambda: self._write_trace(clock))
+            self._recorder.clear()
+            if self.rank == 0:
+                self.metrics.event("trace", step=self.state.step, directory=str(self.directory.path / "trace"))
+
+    def _write_trace(self, clock: ClockOffset) -> None:
+        try:
+            write_rank(self._recorder, self.directory.path, clock)
+        except OSError as error:
+            raise CannotWriteError(f"{self.directory.path}/trace: cannot write: {error.strerror or error}") from None
 
     def close(self, exit_code: int) -> None:
         """Close the metrics; the process group is the caller's."""

@@ -21,6 +21,8 @@ from kernels.quantize import Quantized
 from parallel.device import EXPERT, HOST, Device, Event, Ticket
 from parallel.expert.contract import Pending
 from parallel.expert.layout import ReceiveLayout, SendLayout, receive_layout, send_layout
+from parallel.trace.recorder import NO_RECORDER, Channel, Kind, Recorder
+from parallel.trace.tickets import TracedTicket
 
 Rows = torch.Tensor | Quantized
 
@@ -107,6 +109,7 @@ class AllToAllDispatcher:
             raise ValueError(f"{experts} experts do not divide over {self.ranks} expert-parallel ranks")
         self.experts = experts
         self.local_experts = experts // self.ranks
+        self.recorder: Recorder | None = NO_RECORDER
 
     def mark(self) -> Event:
         """The end of what was computed so far: what a movement issued later is `after`."""
@@ -116,18 +119,27 @@ class AllToAllDispatcher:
         """Where rows are picked and packed. A lone rank has no ticket for compute to wait for: all is compute."""
         return nullcontext() if self.group is None else self.device.side(EXPERT, after)
 
-    def _exchange(self, sent: torch.Tensor, give: list[int], take: list[int]) -> tuple[torch.Tensor, list[Ticket]]:
+    def _exchange(
+        self, sent: torch.Tensor, give: list[int], take: list[int], channel: Channel = Channel.ALL_TO_ALL
+    ) -> tuple[torch.Tensor, list[Ticket]]:
         if self.group is None:
             return sent, []
         out = sent.new_empty(sum(take), *sent.shape[1:])
-        return out, [self.device.all_to_all(out, sent.contiguous(), take, give, self.group)]
+        event = None
+        if self.recorder:
+            size = sent.nbytes + out.nbytes
+            event = self.recorder.issue(Kind.COMMUNICATION, channel.value, channel=channel, bytes=size)
+        ticket = self.device.all_to_all(out, sent.contiguous(), take, give, self.group)
+        if self.recorder and event:
+            ticket = TracedTicket(ticket, self.recorder, event, channel)
+        return out, [ticket]
 
     def plan(self, expert_index_TK: torch.Tensor, after: Sequence[Event] = ()) -> Route:
         """Start the exchange of counts for [T, K] expert ids; resolved by the first scatter."""
         with self._side(after):
             sending = send_layout(expert_index_TK, self.local_experts, self.ranks)
             ones = [1] * self.ranks
-            received_RC, tickets = self._exchange(sending.counts_RC, ones, ones)
+            received_RC, tickets = self._exchange(sending.counts_RC, ones, ones, Channel.COUNTS)
         made = (self.mark(),) if self.group is None else ()
 
         def counts() -> tuple[list[int], list[int], list[int]]:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from parallel.optimizer.assignment import assign_rows, canonical_key
 from parallel.optimizer.contract import ParameterSpec, RowRange
+from parallel.trace.recorder import NO_RECORDER, Channel, Kind, Recorder
+from parallel.trace.tickets import TracedTicket
 
 PIECE_UNIT = 128  # elements; keeps every piece aligned for vector loads in any dtype
 
@@ -29,6 +31,8 @@ class Work(Protocol):
     """An asynchronous collective."""
 
     def wait(self) -> object: ...
+
+    def is_completed(self) -> bool: ...
 
 
 class ContributionError(RuntimeError):
@@ -90,6 +94,7 @@ class Bucket:
         self.exp_avg = torch.zeros(self.piece, dtype=moment_dtype, device=self.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.started = True  # nothing is expected before the first `begin`
+        self.recorder: Recorder | None = NO_RECORDER
         self._work: Work | None = None
         self._expected = [0] * len(self.specs)
         self._found = [0] * len(self.specs)
@@ -178,8 +183,15 @@ class Bucket:
     def start_reduction(self) -> None:
         """Begin summing over the replicas; returns at once."""
         self.started = True
-        if self.group is not None:
-            self._work = reduce_scatter(self.reduced, self.gradients, group=self.group, async_op=True)
+        if self.group is None:
+            return
+        event = None
+        if self.recorder:
+            channel, size = Channel.REDUCTION, self.gradients.nbytes
+            event = self.recorder.issue(Kind.COMMUNICATION, self.name, channel=channel, bytes=size)
+        self._work = reduce_scatter(self.reduced, self.gradients, group=self.group, async_op=True)
+        if self.recorder and event:
+            self._work = TracedTicket(self._work, self.recorder, event, Channel.REDUCTION)
 
     def finish_reduction(self) -> None:
         """After this `reduced` holds the sums of the owned rows (padding is zero)."""

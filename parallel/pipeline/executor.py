@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from parallel.pipeline.interleave import Running, overlap
 from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.actions import Action, Compute, Op, Payload, Post, Table, Transfer
 from parallel.schedule.boundary import Boundary, boundary_of, consumed, ends_of, parts, produced
+from parallel.trace.recorder import NO_RECORDER, Channel, Kind, Recorder
+from parallel.trace.tickets import TracedTicket
 
 
 class PeerLost(RuntimeError):
@@ -39,12 +42,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A transfer with all that posting it needs."""
+    """A transfer with all that posting it needs. shape: of what is received for a chunk; None for a send."""
 
     transfer: Transfer
     boundary: Boundary
     peer: int  # global rank
     tag: int
+    shape: Callable[[int], tuple[int, ...]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Executor:
     """Runs `table.actions[rank]` with this rank's stages, one step at each `run`.
 
     stages: {(direction, stage): PipelineStage}. global_rank: pipeline rank -> global rank. dtype: of what crosses
-    stages. order: the step order of F&B pairs. A step whose table has no backward runs under `torch.no_grad`.
+    stages. order: the step order of F&B pairs. recorder: set to trace the steps that follow. A step whose table has no
+    backward runs under `torch.no_grad`.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Executor:
         self.table, self.rank, self.stages, self.store = table, rank, stages, store
         self.dtype, self.order, self.device = dtype, order, device
         self.measured: list[Measured] = []
+        self.recorder: Recorder | None = NO_RECORDER
         self._program(table.actions[rank], global_rank)
         self._reset()
 
@@ -103,9 +109,7 @@ class Executor:
         following: list[_Batch] = []
         for action in actions:
             if isinstance(action, Post):
-                moves = tuple(
-                    _Move(t, boundary_of(t), global_rank(t.peer), _tag(t, self.table)) for t in action.transfers
-                )
+                moves = tuple(self._move(t, global_rank) for t in action.transfers)
                 batch = _Batch(action, moves, tuple(m.boundary for m in moves if m.transfer.send))
                 self._list.append(batch)
                 following.append(batch)
@@ -117,10 +121,17 @@ class Executor:
             self._list.append(computes)
         self._trains = any(part.compute.op is not Op.F for e in self._list if isinstance(e, tuple) for part in e)
 
+    def _move(self, t: Transfer, global_rank: Callable[[int], int]) -> _Move:
+        shape = None
+        if not t.send:
+            stage = self.stages[t.direction, t.stage]
+            shape = stage.boundary_shape if t.payload is Payload.ACTIVATION else stage.output_shape
+        return _Move(t, boundary_of(t), global_rank(t.peer), _tag(t, self.table), shape)
+
     def _reset(self) -> None:
         self._inbox: dict[Boundary, Pending[torch.Tensor]] = {}
         self._outbox: dict[Boundary, tuple[torch.Tensor, Event]] = {}
-        self._sending: list[tuple[Transfer, Ticket, torch.Tensor]] = []
+        self._sending: deque[tuple[Transfer, Ticket, torch.Tensor]] = deque()
         self._posted: set[int] = set()
         self._waited = 0.0
 
@@ -128,6 +139,7 @@ class Executor:
         """One step: all actions, then wait until every send is complete."""
         self._reset()
         self.measured = []
+        began = self.recorder.now() if self.recorder else 0
         with torch.set_grad_enabled(self._trains):
             for entry in self._list:
                 if isinstance(entry, _Batch):
@@ -137,6 +149,8 @@ class Executor:
         for transfer, ticket, _ in self._sending:
             self._guard(transfer, ticket)
         self._sending = []
+        if self.recorder:
+            self.recorder.add(Kind.RUN, self.table.name, began, self.recorder.now())
         if self._inbox or self._outbox or self.store.depth:
             raise RuntimeError(
                 f"pipeline rank {self.rank}: the table left behind {len(self._inbox)} receives, {len(self._outbox)} "
@@ -173,25 +187,22 @@ class Executor:
         with device.side(PIPELINE, [event for _, event in sent.values()]):
             operations, tensors = [], []
             for move in batch.moves:
-                t = move.transfer
-                if t.send:
-                    tensor = sent[move.boundary][0].contiguous()
+                if move.shape is None:
+                    kind, tensor = dist.isend, sent[move.boundary][0].contiguous()
                 else:
-                    stage = self.stages[t.direction, t.stage]
-                    activation = t.payload is Payload.ACTIVATION
-                    shape = stage.boundary_shape(t.chunk) if activation else stage.output_shape(t.chunk)
-                    tensor = torch.empty(shape, dtype=self.dtype, device=device.where)
-                kind = dist.isend if t.send else dist.irecv
+                    kind = dist.irecv
+                    tensor = torch.empty(move.shape(move.transfer.chunk), dtype=self.dtype, device=device.where)
                 operations.append(dist.P2POp(kind, tensor, move.peer, tag=move.tag))
                 tensors.append(tensor)
             tickets = device.transfer(operations)
         one = len(tickets) != len(tensors)  # NCCL has one for the batch, gloo one for each operation
         for i, (move, tensor) in enumerate(zip(batch.moves, tensors, strict=True)):
             ticket = tickets[0 if one else i]
-            if move.transfer.send:
+            if move.shape is None:
                 self._sending.append((move.transfer, ticket, tensor))
             else:
-                self._inbox[move.boundary] = Pending([_Receive(self, move.transfer, ticket)], _Arrived(device, tensor))
+                receive = _Receive(self, move.transfer, ticket, tensor)
+                self._inbox[move.boundary] = Pending((receive,), receive.arrived)
 
     def _post_listed(self, batch: _Batch) -> None:
         """Post a batch where the list has it, unless that was done as soon as its data existed."""
@@ -199,14 +210,13 @@ class Executor:
             if not all(boundary in self._outbox for boundary in batch.sends):
                 raise RuntimeError(f"pipeline rank {self.rank}: {batch.post} is posted before its data exists")
             self._post(batch)
-        under_way = []
-        for entry in self._sending:
-            # Complete is not the same as succeeded: only waiting tells, and here it does not block.
-            if entry[1].is_completed():
-                self._guard(entry[0], entry[1])
-            else:
-                under_way.append(entry)
-        self._sending = under_way
+        # Oldest first: asking all of them at every post costs more than it frees, since gloo's sends, done or not, say
+        # that they are under way until somebody waits. Complete is not the same as succeeded: only waiting tells, and
+        # here it does not block.
+        sending = self._sending
+        while sending and sending[0][1].is_completed():
+            transfer, ticket, _ = sending.popleft()
+            self._guard(transfer, ticket)
 
     def _hand_on(self, part: _Part, tensor: torch.Tensor) -> None:
         """An output exists: post the batches right after its action that miss nothing any more, in order."""
@@ -230,8 +240,9 @@ class Executor:
         stage = self.stages[c.direction, c.stage]
         received = self._inbox.pop(part.takes) if part.takes is not None else None
         if c.op is Op.F:
-            return Running(stage.forward_program(c.chunk, received))
-        return Running(stage.backward_program(c.chunk, received, c.op is Op.I, lambda grad: self._hand_on(part, grad)))
+            return Running(stage.forward_program(c.chunk, received), recorder=self.recorder)
+        program = stage.backward_program(c.chunk, received, c.op is Op.I, lambda grad: self._hand_on(part, grad))
+        return Running(program, recorder=self.recorder)
 
     def _compute(self, part_list: tuple[_Part, ...]) -> None:
         start, self._waited = time.perf_counter(), 0.0
@@ -250,15 +261,17 @@ class Executor:
             c = part.compute
             measured = Measured(self.rank, c.op.value, c.direction, c.stage, c.chunk, start, end, self._waited)
             self.measured.append(measured)
+            if self.recorder:
+                self.recorder.action(c, round(start * 1e9), round(end * 1e9))
 
 
 class _Receive:
-    """A receive that says what it was when it fails, and books the time waited for it."""
+    """A receive that says what it was when it fails, books the time waited for it, and hands its tensor to compute."""
 
-    __slots__ = ("executor", "ticket", "transfer")
+    __slots__ = ("executor", "tensor", "ticket", "transfer")
 
-    def __init__(self, executor: Executor, transfer: Transfer, ticket: Ticket) -> None:
-        self.executor, self.transfer, self.ticket = executor, transfer, ticket
+    def __init__(self, executor: Executor, transfer: Transfer, ticket: Ticket, tensor: torch.Tensor) -> None:
+        self.executor, self.transfer, self.ticket, self.tensor = executor, transfer, ticket, tensor
 
     def wait(self) -> None:
         start = time.perf_counter()
@@ -268,17 +281,8 @@ class _Receive:
     def is_completed(self) -> bool:
         return self.ticket.is_completed()
 
-
-class _Arrived:
-    """Hands a received tensor to compute."""
-
-    __slots__ = ("device", "tensor")
-
-    def __init__(self, device: Device, tensor: torch.Tensor) -> None:
-        self.device, self.tensor = device, tensor
-
-    def __call__(self) -> torch.Tensor:
-        self.device.adopt(self.tensor)
+    def arrived(self) -> torch.Tensor:
+        self.executor.device.adopt(self.tensor)
         return self.tensor
 
 

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallel.pipeline.contract import Program
+from parallel.trace.recorder import NO_RECORDER, Kind, Recorder
 
 
 class Running:
-    """A program with its next step in view. `steps` receives the name of every step it runs."""
+    """A program with its next step in view. `steps` receives the name of every step it runs, `recorder` its times."""
 
-    def __init__(self, program: Program, steps: list[str] | None = None) -> None:
+    def __init__(
+        self, program: Program, steps: list[str] | None = None, recorder: Recorder | None = NO_RECORDER
+    ) -> None:
         self.program = program
         self.steps = steps
+        self.recorder = recorder
         self.result: Any = None
         self.next: str | None = None
         self._step()
@@ -28,7 +32,14 @@ class Running:
         """Run the step in view, up to the next boundary."""
         if self.steps is not None and self.next is not None:
             self.steps.append(self.next)
+        if self.recorder is None:
+            self._step()
+            return
+        name, start = self.next, self.recorder.now()
+        self.recorder.step = name
         self._step()
+        self.recorder.add(Kind.STEP, name, start, self.recorder.now())
+        self.recorder.step = None
 
     def drain(self) -> Any:
         """Run to the end; the program's return value."""
