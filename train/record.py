@@ -12,6 +12,7 @@ Outside it, `report.json` of the data build in the configuration's `data.directo
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,15 +185,21 @@ def _read_load(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
 
 def _read_timeline(path: Path) -> dict[str, list[Bar]]:
     try:
-        return {
-            key: [
-                Bar(bar["rank"], Op(bar["op"]), bar["direction"], bar["chunk"], float(bar["start"]), float(bar["end"]))
-                for bar in bars
-            ]
-            for key, bars in _json(path).items()
-        }
+        return {key: _bars(entries) for key, entries in _json(path).items()}
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path}: a bar lacks or garbles {error}", 65) from None
+
+
+def _bars(entries: list[dict[str, Any]]) -> list[Bar]:
+    stages: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for entry in entries:
+        stages[entry["rank"], entry["direction"]].add(entry["stage"])
+    bars = []
+    for entry in entries:
+        rank, direction, start, end = entry["rank"], entry["direction"], float(entry["start"]), float(entry["end"])
+        place = sorted(stages[rank, direction]).index(entry["stage"])
+        bars.append(Bar(rank, Op(entry["op"]), direction, entry["chunk"], start, end, place))
+    return bars
 
 
 def _read_data(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
