@@ -19,6 +19,7 @@ from parallel.pipeline.store import WeightGradStore
 from parallel.schedule.actions import Action, Compute, Op, Payload, Post, Table, Transfer
 from parallel.schedule.boundary import Boundary, boundary_of, consumed, ends_of, parts, produced
 from parallel.trace.recorder import NO_RECORDER, Channel, Kind, Recorder
+from parallel.trace.recorder import Event as Span
 from parallel.trace.tickets import TracedTicket
 
 
@@ -148,7 +149,7 @@ class Executor:
                     self._guarded(entry)
         for transfer, ticket, _ in self._sending:
             self._guard(transfer, ticket)
-        self._sending = []
+        self._sending.clear()
         if self.recorder:
             self.recorder.add(Kind.RUN, self.table.name, began, self.recorder.now())
         if self._inbox or self._outbox or self.store.depth:
@@ -188,21 +189,27 @@ class Executor:
             operations, tensors = [], []
             for move in batch.moves:
                 if move.shape is None:
-                    kind, tensor = dist.isend, sent[move.boundary][0].contiguous()
+                    tensor = sent[move.boundary][0].contiguous()
                 else:
-                    kind = dist.irecv
                     tensor = torch.empty(move.shape(move.transfer.chunk), dtype=self.dtype, device=device.where)
+                kind = dist.isend if move.shape is None else dist.irecv
                 operations.append(dist.P2POp(kind, tensor, move.peer, tag=move.tag))
                 tensors.append(tensor)
+            events = self._issued(batch, tensors, self.recorder) if self.recorder else []
             tickets = device.transfer(operations)
         one = len(tickets) != len(tensors)  # NCCL has one for the batch, gloo one for each operation
         for i, (move, tensor) in enumerate(zip(batch.moves, tensors, strict=True)):
             ticket = tickets[0 if one else i]
+            if self.recorder:
+                ticket = TracedTicket(ticket, self.recorder, events[i], Channel.PIPELINE)
             if move.shape is None:
                 self._sending.append((move.transfer, ticket, tensor))
             else:
                 receive = _Receive(self, move.transfer, ticket, tensor)
                 self._inbox[move.boundary] = Pending((receive,), receive.arrived)
+
+    def _issued(self, batch: _Batch, tensors: list[torch.Tensor], recorder: Recorder) -> list[Span]:
+        return [recorder.transfer(m.transfer, m.peer, t.nbytes) for m, t in zip(batch.moves, tensors, strict=True)]
 
     def _post_listed(self, batch: _Batch) -> None:
         """Post a batch where the list has it, unless that was done as soon as its data existed."""
