@@ -26,7 +26,8 @@ class Routing:
 
 def top_k_lowest_first(value: torch.Tensor, k: int) -> torch.Tensor:
     """Indices [..., k] of the largest values, ties to the lower index (`torch.topk` leaves ties open)."""
-    return value.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # Not a view, which would keep the order of all values for as long as these are kept.
+    return value.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def select_experts(score_TE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> torch.Tensor:

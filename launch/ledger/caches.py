@@ -83,14 +83,13 @@ def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Cho
     if not moe:
         found["SwiGLU input"] = kept_rows(N, 2 * config.intermediate_size, choices)
     else:
-        compact = choices.indices == "compact"
         found["SwiGLU input, shared"] = kept_rows(N, 2 * config.num_shared_experts * f, choices)
         found["rows dispatched here"] = kept_rows(X, config.hidden_size, choices)
         found["SwiGLU input, routed"] = kept_rows(X, 2 * f, choices)
         found["router weights of rows"] = FP32 * X
         # Scores, chosen scores, three sums or masks per token, two constants per sequence (of experts, of tokens).
         found["router"] = FP32 * (N * (E + K + 3) + load.sequences * (E + 1))
-        found["indices"] = INT64 * (N * (K if compact else E) + load.moved + 2 * X)
+        found["indices"] = INT64 * (N * K + load.moved + 2 * X)
     if choices.recompute == "off":
         found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices)
     return {name: size for name, size in found.items() if size}

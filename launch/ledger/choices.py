@@ -13,7 +13,6 @@ class Choices:
     caches: str = "fp8"
     recompute: str = "on"
     attention_output: str = "int16"
-    indices: str = "views"
     weights: str = "bf16+fp8"
     gradients: str = "float32"
     shard: str = "optimizer"
@@ -44,10 +43,6 @@ EFFECTS: dict[str, dict[str, str]] = {
     "attention_output": {
         "int16": "an E5M6 code of 12 bits lies in 16",
         "packed": "two codes in three bytes (a change of kernels/e5m6.py)",
-    },
-    "indices": {
-        "views": "a token's expert ids are a view that keeps the whole sorted row of all experts",
-        "compact": "they are copied, and the rest freed (a change of model/router.py)",
     },
     "weights": {
         "bf16+fp8": "a BF16 copy of every weight, and an FP8 one of those that FP8 products use, all step long",
@@ -87,7 +82,6 @@ FREE: tuple[tuple[str, str], ...] = (
     ("working", "lean"),
     ("weight_gradients", "into"),
     ("attention_output", "packed"),
-    ("indices", "compact"),
     ("logits", "chunked"),
     ("weights", "fp8"),
 )

@@ -303,6 +303,7 @@ def test_boundaries_by_hand() -> None:
 V3 = ["model=v3", "pipeline=16", "expert=64", "ranks=2048", "micro_batches=24,30,60,120"]
 
 
+@pytest.mark.slow
 def test_the_document_holds_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*V3, f"out={tmp_path}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
