@@ -79,12 +79,8 @@ def test_every_action_step_and_communication_is_there_once(run: Run) -> None:
         assert all(event.end is not None and event.end >= event.start for event in events)
 
 
-def kinds_of(run: Run, rank: int) -> Counter[str]:
-    return Counter(
-        str(event.args["channel"])
-        for event in run[1][rank][1]
-        if event.kind is Kind.COMMUNICATION and "channel" in event.args
-    )
+def channels_of(events: list[Event], kind: Kind) -> Counter[str]:
+    return Counter(str(event.args["channel"]) for event in events if event.kind is kind and "channel" in event.args)
 
 
 def test_a_communication_lasts_until_it_was_waited_for(run: Run) -> None:
