@@ -248,7 +248,7 @@ def figures(name: str, runs: list[Run], ranks: int, micro_batches: int, steps: i
     return row
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Host overhead per action, ours over torch's.")
     parser.add_argument(
         "--schedules", nargs="+", default=["1f1b", "interleaved", "zbv"], choices=SCHEDULES, metavar="NAME"
@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="in a repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.ranks < 2 or min(arguments.micro_batches, arguments.steps, arguments.repeats) < 1:
         parser.exit(64, "overhead: --ranks must be at least 2, --micro-batches, --steps and --repeats at least 1\n")
     console = Console()

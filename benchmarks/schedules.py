@@ -202,13 +202,13 @@ def verdict(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     return merits, missed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measured over simulated makespan of every schedule.")
     parser.add_argument("--unit", type=float, default=0.04, help="seconds of one F")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], help="pipeline ranks, even")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES), metavar="NAME")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.unit <= 0 or arguments.repeats < 1 or any(ranks < 2 or ranks % 2 for ranks in arguments.ranks):
         parser.exit(64, "schedules: --unit must be positive, --repeats at least 1, --ranks even numbers from 2\n")
     console = Console()
