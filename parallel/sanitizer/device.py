@@ -37,12 +37,13 @@ class SanitizerTicket:
         self.waits = self.polls = 0
 
     def wait(self) -> None:
-        self.waited()
+        self._waited()
+        if self.device.reading:
+            return
         self.device.clocks.wait(self.device.compute, self.over)
         self.device.memory.settle()
 
-    def waited(self) -> None:
-        """Count a wait, of the compute stream or of the host."""
+    def _waited(self) -> None:
         self.waits += 1
         if self.waits == self.operations:
             self.device.owed.pop(id(self), None)
@@ -80,7 +81,7 @@ class SanitizerDevice:
     def __init__(self) -> None:
         self.clocks, self.findings = Clocks(), Findings()
         self.compute = self.clocks.stream("compute")
-        self.at, self.quiet = "the program", False
+        self.at, self.quiet, self.reading = "the program", False, False
         self.transfers: Sequence[str] = ()
         self.memory = Memory(self.clocks, self.findings, self.compute, lambda: self.at)
         self.log: Log = {}
@@ -181,8 +182,10 @@ class SanitizerDevice:
         tick = self.clocks.launch(stream)
         for tensor in tensors:
             self._use(tensor, stream, tick, "Device.read", writes=False)
-        if isinstance(ticket, SanitizerTicket):
-            ticket.waited()
+        if ticket is not None:
+            self.reading = True  # the host waits, not compute
+            ticket.wait()
+            self.reading = False
         self.clocks.wait(HOST, self.clocks.record(stream))
         self.memory.settle()
         with self._working():
@@ -202,7 +205,7 @@ class SanitizerDevice:
         written, and its own wait is not seen."""
         operation = f"{name} in {self.at}"
         form = ", ".join(form_of(tensor) for tensor, _ in touched)
-        stream, tick = self._issue(group or dist.group.WORLD, [Issued(name, operation, form)], operation, True)
+        stream, tick = self._issue(group or dist.group.WORLD, [Issued(name, name, form)], operation, True)
         for tensor, _ in touched:
             self._use(tensor, stream, tick, operation, writes=True)
 

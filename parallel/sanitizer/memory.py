@@ -5,8 +5,8 @@ that stream as soon as the host lets go of it, without waiting for anybody. So
 
 - its first use on another stream must come after all that its own stream was given before the allocation (those
   operations may still work on the same memory under another name);
-- when the host frees it, every use on another stream must lie before what its own stream does next, unless
-  `record_stream` (`Device.adopt`) named that stream: then the allocator waits.
+- when the host frees it, every use on another stream must lie before what its own stream does next. `record_stream`
+  (`Device.adopt`) names a stream that the allocator waits for as well, up to what it was given before the free.
 """
 
 from __future__ import annotations
@@ -148,12 +148,13 @@ class Memory:
             self._on_host = {key: one for key, one in self._on_host.items() if not one.expired()}
 
     def _open(self, block: Block) -> list[Access]:
-        """Uses on other streams that the block's own stream may overtake."""
-        before, stream = self.clocks.before, block.stream
+        """Uses on other streams that the block's next owner may overtake: it comes after what its own stream and those
+        that adopted it were given before the free."""
+        before, awaited = self.clocks.before, [block.stream, *block.adopted]
         return [
             access
             for other, access in block.foreign.items()
-            if other not in block.adopted and not before(other, access.tick, stream)
+            if other not in block.adopted and not any(before(other, access.tick, stream) for stream in awaited)
         ]
 
     def _ordered(self, block: Block, earlier: Access, access: Access) -> None:

@@ -116,6 +116,11 @@ class Recorder(TorchDispatchMode):
         self.device = device
         self._effects: dict[Any, Effect] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under this mode, and importing torch's compiler to say so takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, device = kwargs or {}, self.device
         if device.quiet:
@@ -132,11 +137,12 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if touched and all(device.memory.on_host(tensor) for tensor, _ in touched):
             return self._of_host(func(*args, **kwargs))
+        self._mixes(effect.name, touched)
         memory, stream = device.memory, device.current
         tick = device.clocks.launch(stream)
         self._synchronises(effect.name, args, kwargs, stream)
         for tensor, kind in touched:
-            if kind == "v" or not (block := memory.block(tensor)):
+            if kind == "v" or memory.on_host(tensor) or not (block := memory.block(tensor)):
                 continue
             use = memory.write if kind == "w" else memory.read
             use(block, stream, tick, effect.name)
@@ -151,6 +157,12 @@ class Recorder(TorchDispatchMode):
     def _of_host(self, result: Any) -> Any:
         self.device.memory.keep_on_host(*tensors_of(result))
         return result
+
+    def _mixes(self, name: str, touched: list[tuple[torch.Tensor, str]]) -> None:
+        for tensor, _ in touched:
+            if tensor.ndim and self.device.memory.on_host(tensor):
+                line = f"{name} in {self.device.at} mixes {list(tensor.shape)} of the host with tensors of the device"
+                self.device.findings.add(Rule.HOST_TENSOR, f"{line}; missing: .to(device, non_blocking=True)")
 
     def _synchronises(self, name: str, args: Any, kwargs: Any, stream: Stream) -> None:
         why = SYNCHRONISING.get(name)
@@ -189,21 +201,51 @@ class Calls(TorchFunctionMode):
         if device.quiet:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "to" and device.memory.on_host(args[0]):
+            return self._to_device(func, args, kwargs)
         if name in TAKEN_TO_HOST or (name == "to" and "cpu" in (*args[1:2], kwargs.get("device"))):
             if isinstance(args[0], torch.Tensor) and not device.memory.on_host(args[0]):
-                device.deliver([args[0]])
-                synchronised(device, f"Tensor.{name}", "the tensor is taken to the host", args[0])
+                self._taken(f"Tensor.{name}", args[0])
         elif func in FROM_DATA and not isinstance(args[0], torch.Tensor):
+            if kwargs.get("device") is None:
+                return self._on_host(func(*args, **kwargs))
             synchronised(device, f"torch.{name}", "numbers of the host are copied to the device", None)
         elif func in FACTORIES and kwargs.get("device") is None:
             made = func(*args, **kwargs)
             if made.numel():
-                device.findings.add(
-                    Rule.HOST_TENSOR,
-                    f"torch.{name} in {device.at} makes {list(made.shape)} on the host; missing: device=",
-                )
+                line = f"torch.{name} in {device.at} makes {list(made.shape)} on the host; missing: device="
+                device.findings.add(Rule.HOST_TENSOR, line)
             return made
         return func(*args, **kwargs)
+
+    def _taken(self, name: str, tensor: torch.Tensor) -> None:
+        device, stream = self.device, self.device.current
+        device.deliver([tensor])
+        block = device.memory.block(tensor)
+        if block is not None:
+            device.memory.read(block, stream, device.clocks.launch(stream), name)
+        synchronised(device, name, "the tensor is taken to the host", tensor)
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.device.memory.keep_on_host(tensor)
+        return tensor
+
+    def _to_device(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A host tensor that is sent to a device becomes another tensor; the host goes on only if it says so (and the
+        tensor is pinned, which cannot be seen here)."""
+        device = self.device
+        if not any(isinstance(value, torch.device | str) for value in (*args[1:], *kwargs.values())):
+            return func(*args, **kwargs)
+        if not kwargs.get("non_blocking"):
+            synchronised(device, "Tensor.to", "numbers of the host are copied to the device", None)
+        device.quiet = True
+        made = func(*args, **kwargs).clone()
+        device.quiet = False
+        stream, operation = device.current, "copy from the host"
+        block = device.memory.allocate(made, stream, operation)
+        if block is not None:
+            device.memory.write(block, stream, device.clocks.launch(stream), operation)
+        return made
 
 
 def _group_of(args: Any) -> dist.ProcessGroup | None:
