@@ -176,10 +176,11 @@ class Executor:
         try:
             ticket.wait()
         except RuntimeError as error:
-            raise PeerLost(
-                f"pipeline rank {self.rank}: {transfer} (stage {transfer.stage}, chunk {transfer.chunk}, peer "
-                f"{transfer.peer}) did not complete: {_first_line(error)}"
-            ) from error
+            raise self._lost([transfer], error) from error
+
+    def _lost(self, transfers: Sequence[Transfer], error: BaseException) -> PeerLost:
+        what = " with ".join(f"{t} (stage {t.stage}, chunk {t.chunk}, peer {t.peer})" for t in transfers)
+        return PeerLost(f"pipeline rank {self.rank}: {what} did not complete: {_first_line(error)}")
 
     def _post(self, batch: _Batch) -> None:
         self._posted.add(id(batch))
@@ -196,7 +197,12 @@ class Executor:
                 operations.append(dist.P2POp(kind, tensor, move.peer, tag=move.tag))
                 tensors.append(tensor)
             events = self._issued(batch, tensors, self.recorder) if self.recorder else []
-            tickets = device.transfer(operations)
+            try:
+                tickets = device.transfer(operations)
+            except Exception as error:
+                if not is_communication(error):
+                    raise
+                raise self._lost([move.transfer for move in batch.moves], error) from error
         one = len(tickets) != len(tensors)  # NCCL has one for the batch, gloo one for each operation
         for i, (move, tensor) in enumerate(zip(batch.moves, tensors, strict=True)):
             ticket = tickets[0 if one else i]

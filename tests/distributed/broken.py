@@ -31,6 +31,7 @@ class Fault:
 
     kind: str
     action: Compute
+    slow: bool = False  # the others are in the middle of an action for a while, and then post to a rank that is gone
 
     def strike(self, folder: str) -> None:
         Path(folder, "struck").write_text(repr(time.monotonic()))
@@ -100,6 +101,8 @@ def steps(rank: int, world_size: int, schedule: str, fault: Fault, folder: str) 
     def watch(action: Compute) -> None:
         if armed and rank == FAULTY and action == fault.action:
             fault.strike(folder)
+        elif armed and fault.slow and Path(folder, "struck").exists():
+            time.sleep(0.5)
 
     store = WeightGradStore(Sink())
     keys = table.stages_of(rank)
