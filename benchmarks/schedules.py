@@ -96,6 +96,7 @@ def body(rank: int, size: int, report: Report, schedules: list[str], unit: float
     """One rank of every case of its size; rank 0 reports a `Run` for each step."""
     for together in cases(size, schedules):
         table = build(together[0].schedule, size, together[0].micro_batches)
+        units = sum(COSTS.of(compute) for compute in flatten(table.actions[rank]))
         clock = Clock(sum(consumed(compute, table.stages) is not None for compute in flatten(table.actions[rank])))
         pipelines: dict[Case, Any] = {}
         for case in together:
@@ -115,14 +116,14 @@ def body(rank: int, size: int, report: Report, schedules: list[str], unit: float
                 for case, pipeline in pipelines.items():
                     if jittered and case.engine == CONTROL:
                         continue
-                    clock.start(
-                        unit * CONTROL_FACTOR if case.engine == CONTROL else unit,
-                        draws(table, repeat) if jittered else {},
-                    )
+                    asked = unit * CONTROL_FACTOR if case.engine == CONTROL else unit
+                    clock.start(asked, draws(table, repeat) if jittered else {})
                     start_together()
                     pipeline.run()
                     spans = gathered((clock.first, clock.last, clock.late / clock.sleeps), size)
                     clock.check()
+                    if not jittered and abs(clock.asked - units * asked) > 1e-6:
+                        raise RuntimeError(f"{case.title}: slept for {clock.asked} s, not {units} units of {asked} s")
                     if rank == 0:
                         first, last, late = zip(*spans, strict=True)
                         report(Run(case, jittered, max(last) - min(first), statistics.mean(late)))

@@ -47,22 +47,23 @@ def content(boundary: Boundary) -> torch.Tensor:
 @dataclass
 class Clock:
     """One rank's sleeps. expected: tensors its stages receive in a step. unit: seconds. factors: of (op, direction,
-    stage, chunk), 1 where there is none. first, last: when its first sleep began and its last one ended. late: seconds
-    its `sleeps` took beyond what was asked for. checking: seconds that the next sleep is shorter by."""
+    stage, chunk), 1 where there is none. first, last: when its first sleep began and its last one ended. asked:
+    seconds of its `sleeps`. late: seconds beyond that. checking: seconds that the next sleep is shorter by."""
 
     expected: int
     unit: float = 0.0
     factors: dict[tuple[Op, int, int, int], float] = field(default_factory=dict)
     first: float | None = None
     last: float = 0.0
+    asked: float = 0.0
     late: float = 0.0
     sleeps: int = 0
     checking: float = 0.0
     received: list[tuple[Boundary, torch.Tensor]] = field(default_factory=list)
 
     def start(self, unit: float, factors: dict[tuple[Op, int, int, int], float]) -> None:
-        self.unit, self.factors, self.first, self.last, self.late, self.sleeps = unit, factors, None, 0.0, 0.0, 0
-        self.checking = 0.0
+        self.unit, self.factors, self.first, self.last = unit, factors, None, 0.0
+        self.asked, self.late, self.sleeps, self.checking = 0.0, 0.0, 0, 0.0
         self.received.clear()
 
     def sleep(self, op: Op, direction: int, stage: int, chunk: int, share: float = 1.0) -> None:
@@ -75,6 +76,7 @@ class Clock:
             time.sleep(seconds - self.checking)
         self.checking = 0.0
         self.last = time.perf_counter()
+        self.asked += seconds
         self.late += self.last - start - seconds
         self.sleeps += 1
 
