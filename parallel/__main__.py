@@ -1,19 +1,19 @@
 """Pipeline schedules: one table with its figures, or all of them side by side.
 
-    python -m parallel schedule=dualpipe stages=8 micro_batches=20 [stages_per_rank=V] [out=DIR]
-    python -m parallel compare ranks=8 micro_batches=20 [out=DIR] [F=1 B=2 W=1 pair=3 send=0 all_to_all_F=.. ...]
+    python -m parallel schedule=dualpipe stages=8 micro_batches=20 [stages_per_rank=V] [out=DIR|none]
+    python -m parallel compare ranks=8 micro_batches=20 [out=DIR|none] [F=1 B=2 W=1 pair=3 send=0 all_to_all_F=.. ...]
 
 The first prints a schedule's table at unit costs: F 1, B 2, I 1, W 1, F&B 3, transfers nothing. `stages` are the
 pipeline stages of a direction, on as many ranks except for zbv and dualpipev (two on a rank) and interleaved
-(stages_per_rank, 2 if not given); `ranks` may be given instead. With `out`, the timeline is drawn to
+(stages_per_rank, 2 if not given); `ranks` may be given instead. The timeline is drawn to
 DIR/<schedule>_p<stages>_m<micro_batches>.png and .svg.
 
 The second puts all schedules beside one another at equal costs of a rank's layers: F, B (whole), W, pair (F + B if not
 given), send, and dispatch and combine of the experts, all_to_all_F and all_to_all_B (DeepSeek's measured share of F and
-B if not given), of which a pair leaves exposed_share. With `out`, DIR/compare_p<ranks>_m<micro_batches>.html, and its
+B if not given), of which a pair leaves exposed_share. It writes DIR/compare_p<ranks>_m<micro_batches>.html, and its
 pictures without and with all-to-all as .png and .svg.
 
-The last line is one JSON object.
+DIR is runs/schedules if not given; out=none draws nothing. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from parallel.schedule.simulator import Costs, simulate
 
 USAGE = (
     f"usage: python -m parallel schedule={{{'|'.join(SCHEDULES)}}} stages=N micro_batches=N [stages_per_rank=V] "
-    "[out=DIR], or python -m parallel compare ranks=N micro_batches=N [out=DIR] [F= B= W= pair= send= all_to_all_F= "
-    "all_to_all_B= exposed_share=]"
+    "[out=DIR|none], or python -m parallel compare ranks=N micro_batches=N [out=DIR|none] [F= B= W= pair= send= "
+    "all_to_all_F= all_to_all_B= exposed_share=]"
 )
 EXIT_USAGE, EXIT_CANNOT_WRITE = 64, 73
+OUT, NOTHING = "runs/schedules", "none"
 ONE = ("schedule", "stages", "ranks", "micro_batches", "stages_per_rank", "out")
 COSTS = ("F", "B", "W", "pair", "send", "all_to_all_F", "all_to_all_B", "exposed_share")
 
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"python -m parallel: {error}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"python -m parallel: out={given['out']}: cannot write: {error.strerror or error}", file=sys.stderr)
+        out = given.get("out", OUT)
+        print(f"python -m parallel: out={out}: cannot write: {error.strerror or error}", file=sys.stderr)
         return EXIT_CANNOT_WRITE
 
 
@@ -86,6 +88,11 @@ def _number(given: dict[str, str], key: str) -> int:
         raise ValueError(f"{key}={given[key]}: must be a whole number") from None
 
 
+def _folder(given: dict[str, str]) -> Path | None:
+    out = given.get("out", OUT)
+    return None if out == NOTHING else Path(out)
+
+
 def _one(given: dict[str, str]) -> int:
     name = given["schedule"]
     wanted = _number(given, "stages_per_rank") if "stages_per_rank" in given else None
@@ -99,7 +106,8 @@ def _one(given: dict[str, str]) -> int:
         if rest:
             raise ValueError(f"stages={given['stages']}: must be a multiple of {held}: {name} has {held} on every rank")
     table = build(name, ranks, _number(given, "micro_batches"), wanted)
-    files = _draw(table, Path(given["out"])) if "out" in given else []
+    folder = _folder(given)
+    files = _draw(table, folder) if folder else []
     _print(table, files)
     return 0
 
@@ -122,7 +130,8 @@ def _compare(given: dict[str, str]) -> int:
         f"F {costs.all_to_all_forward:.3g} and B {costs.all_to_all_backward:.3g}, of which a pair leaves "
         f"{costs.exposed_share:.1%}"
     )
-    files = _draw_comparison(rows, subtitle, Path(given["out"])) if "out" in given else []
+    folder = _folder(given)
+    files = _draw_comparison(rows, subtitle, folder) if folder else []
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     grid = Grid(title=subtitle, title_justify="left")
     for heading in HEADINGS:

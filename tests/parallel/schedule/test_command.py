@@ -70,6 +70,16 @@ def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"out={tmp_path}/file: cannot write" in captured.err and captured.err.count("\n") == 1
 
 
+def test_draws_into_the_folder_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["schedule=1f1b", "stages=2", "micro_batches=2"]) == 0
+    files = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
+    assert files == [f"runs/schedules/1f1b_p2_m2.{kind}" for kind in ("png", "svg")]
+    assert all((tmp_path / name).exists() for name in files)
+
+
 @pytest.mark.parametrize(
     ("arguments", "ranks", "stages", "bubble"),
     [
@@ -83,7 +93,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 def test_stages_and_ranks(
     arguments: str, ranks: int, stages: int, bubble: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments.split(), "micro_batches=12"]) == 0
+    assert main([*arguments.split(), "micro_batches=12", "out=none"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (figures["ranks"], figures["stages"], figures["bubble"]) == (ranks, stages, bubble)
     busy = figures["makespan"] - bubble
@@ -122,11 +132,11 @@ def test_comparison_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_comparison_at_other_costs(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "compare ranks=2 micro_batches=4 F=9 B=22.4 W=7.7 pair=32 all_to_all_F=15.4 all_to_all_B=13.3"
-    assert main([*arguments.split(), "exposed_share=0"]) == 0
+    assert main([*arguments.split(), "exposed_share=0", "out=none"]) == 0
     rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["schedules"]}
     assert rows["1f1b"]["makespan"] == pytest.approx(5 * 31.4)
     assert rows["1f1b"]["with_all_to_all"] == pytest.approx(5 * (31.4 + 28.7))
-    assert main(["compare", "ranks=2", "micro_batches=4", "all_to_all_F=0", "all_to_all_B=0"]) == 0
+    assert main(["compare", "ranks=2", "micro_batches=4", "all_to_all_F=0", "all_to_all_B=0", "out=none"]) == 0
     rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["schedules"]}
     assert {row["all_to_all_adds"] for row in rows.values()} == {0}
 
