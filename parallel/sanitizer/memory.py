@@ -36,11 +36,14 @@ class Access:
 
 @dataclass(slots=True)
 class Block:
-    """One storage. write: its last one, or its allocation; reads: those since, the last of each stream."""
+    """One storage. write: its last one, at first its allocation (origin); reads: those since, the last of each
+    stream."""
 
     reference: StorageWeakRef
     stream: Stream
-    text: str
+    dtype: torch.dtype
+    shape: torch.Size
+    origin: Access
     write: Access
     reads: dict[Stream, Access] = field(default_factory=dict)
     foreign: dict[Stream, Access] = field(default_factory=dict)
@@ -75,10 +78,8 @@ class Memory:
 
     def allocate(self, tensor: torch.Tensor, stream: Stream, operation: str) -> Block | None:
         """A new storage, without contents. None for one of no bytes."""
-        at = self.at()
-        access = Access(stream, self.clocks.tick(stream), operation, at, "allocates")
-        made = f"allocated by {operation} on {self.clocks.names[stream]} in {at}"
-        return self._add(tensor, Block(_reference(tensor), stream, f"{_shape(tensor)} ({made})", access))
+        access = Access(stream, self.clocks.tick(stream), operation, self.at(), "allocates")
+        return self._add(tensor, Block(_reference(tensor), stream, tensor.dtype, tensor.shape, access, access))
 
     def known(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage was seen before."""
@@ -90,8 +91,7 @@ class Memory:
         if found is not None:
             return found
         access = Access(self.home, self._started, "the host's preparation", "before the step", "writes")
-        text = f"{_shape(tensor)} (made before the step)"
-        return self._add(tensor, Block(_reference(tensor), self.home, text, access))
+        return self._add(tensor, Block(_reference(tensor), self.home, tensor.dtype, tensor.shape, access, access))
 
     def read(self, block: Block, stream: Stream, tick: int, operation: str) -> None:
         """Operation `tick` of `stream` reads it."""
@@ -130,6 +130,13 @@ class Memory:
                 for access in self._open(block):
                     self._freed_early(block, access)
 
+    def describe(self, block: Block) -> str:
+        """dtype, shape and where it was allocated."""
+        origin, shape = block.origin, f"{str(block.dtype).removeprefix('torch.')}{list(block.shape)}"
+        if origin.verb != "allocates":
+            return f"{shape} (made before the step)"
+        return f"{shape} (allocated by {origin.operation} on {self.clocks.names[origin.stream]} in {origin.at})"
+
     def _add(self, tensor: torch.Tensor, block: Block) -> Block | None:
         if not tensor.untyped_storage().nbytes():
             return None
@@ -154,7 +161,7 @@ class Memory:
         return [
             access
             for other, access in block.foreign.items()
-            if other not in block.adopted and not any(before(other, access.tick, stream) for stream in awaited)
+            if not any(before(other, access.tick, stream) for stream in awaited)
         ]
 
     def _ordered(self, block: Block, earlier: Access, access: Access) -> None:
@@ -163,7 +170,7 @@ class Memory:
         names = self.clocks.names
         self.findings.add(
             Rule.RACE,
-            f"{access.operation} on {names[access.stream]} in {access.at} {access.verb} {block.text}, which "
+            f"{access.operation} on {names[access.stream]} in {access.at} {access.verb} {self.describe(block)}, which "
             f"{earlier.operation} on {names[earlier.stream]} in {earlier.at} {earlier.verb}; missing: "
             f"{names[access.stream]} does not wait for {names[earlier.stream]} in between (a mark in `after`, or a "
             "ticket's wait)",
@@ -173,15 +180,11 @@ class Memory:
         names = self.clocks.names
         self.findings.add(
             Rule.EARLY_FREE,
-            f"{block.text} is freed in {self.at()} while {access.operation} on {names[access.stream]} in {access.at} "
-            f"still {access.verb} it; missing: {names[block.stream]} does not wait for {names[access.stream]} before "
-            "(keep it until the ticket was waited for, or adopt it)",
+            f"{self.describe(block)} is freed in {self.at()} while {access.operation} on {names[access.stream]} in "
+            f"{access.at} still {access.verb} it; missing: {names[block.stream]} does not wait for "
+            f"{names[access.stream]} before (keep it until the ticket was waited for, or adopt it)",
         )
 
 
 def _reference(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

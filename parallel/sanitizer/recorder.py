@@ -44,22 +44,26 @@ ALLOCATING = {
     "aten::new_empty_strided",
 }
 METADATA = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"}
-TAKEN_TO_HOST = {"tolist", "cpu", "numpy", "__array__"}
+TAKEN_TO_HOST = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__array__}
 FACTORIES = {
     getattr(torch, name)
     for name in "zeros ones empty full arange eye linspace rand randn randint randperm empty_strided".split()
 }
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+TO = torch.Tensor.to
+NOTED = {TO, *TAKEN_TO_HOST, *FACTORIES, *FROM_DATA}
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What an overload does: whether each argument is written (w), read (r) or only looked at (v)."""
+    """What an overload does: whether each argument is written (w), read (r) or only looked at (v). views: no more than
+    another look at an argument."""
 
     name: str
     arguments: tuple[str, ...]
     keywords: dict[str, str]
     allocates_only: bool
+    views: bool
 
     @staticmethod
     def of(overload: Any) -> Effect:
@@ -73,7 +77,9 @@ class Effect:
                 kinds[argument.name] = "w"
             else:
                 kinds[argument.name] = "v" if alias is not None or looks else "r"
-        return Effect(name, tuple(kinds.values()), kinds, name in ALLOCATING)
+        views = all(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
+        views = (bool(schema.returns) and views) or name in METADATA
+        return Effect(name, tuple(kinds.values()), kinds, name in ALLOCATING, views)
 
 
 class Watcher(Protocol):
@@ -128,6 +134,8 @@ class Recorder(TorchDispatchMode):
         effect = self._effects.get(func)
         if effect is None:
             effect = self._effects[func] = Effect.of(func)
+        if effect.views:
+            return func(*args, **kwargs)
         touched = [(t, kind) for kind, value in zip(effect.arguments, args, strict=False) for t in tensors_of(value)]
         touched += [(t, effect.keywords[key]) for key, value in kwargs.items() for t in tensors_of(value)]
         device.memory.poll()
@@ -180,7 +188,7 @@ def synchronised(device: Watcher, name: str, why: str, tensor: torch.Tensor | No
     """The host waits for the current stream where it must not."""
     clocks, stream = device.clocks, device.current
     block = device.memory.block(tensor) if tensor is not None else None
-    what = f" of {block.text}" if block else ""
+    what = f" of {device.memory.describe(block)}" if block else ""
     device.findings.add(
         Rule.HIDDEN_SYNC,
         f"{name}{what} on {clocks.names[stream]} in {device.at}: {why}, so the host waits for the stream; missing: a "
@@ -198,12 +206,12 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, device = kwargs or {}, self.device
-        if device.quiet:
+        if func not in NOTED or device.quiet:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "to" and device.memory.on_host(args[0]):
+        name = func.__name__
+        if func is TO and device.memory.on_host(args[0]):
             return self._to_device(func, args, kwargs)
-        if name in TAKEN_TO_HOST or (name == "to" and "cpu" in (*args[1:2], kwargs.get("device"))):
+        if func in TAKEN_TO_HOST or (func is TO and "cpu" in (*args[1:2], kwargs.get("device"))):
             if isinstance(args[0], torch.Tensor) and not device.memory.on_host(args[0]):
                 self._taken(f"Tensor.{name}", args[0])
         elif func in FROM_DATA and not isinstance(args[0], torch.Tensor):

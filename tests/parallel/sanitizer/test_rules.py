@@ -115,6 +115,14 @@ def test_what_the_host_has_seen_end_is_over(device: SanitizerDevice) -> None:
     assert rules(device) == []
 
 
+def test_what_was_prepared_before_the_step_was_made_on_compute(device: SanitizerDevice) -> None:
+    for marked in (True, False):
+        x = made(device)
+        with device.watch(), device.side(EXPERT, [device.mark()] if marked else []):
+            x.clone()
+        assert rules(device) == ([] if marked else [Rule.RACE])
+
+
 # Frees ----------------------------------------------------------------------------------------------------------------
 
 
@@ -286,11 +294,17 @@ def test_a_dropped_ticket(device: SanitizerDevice, alone: dist.ProcessGroup) -> 
 
 
 def test_a_ticket_is_over_when_asked_twice(device: SanitizerDevice, alone: dist.ProcessGroup) -> None:
-    with device.watch():
-        ticket = exchanged(device, alone, EXPERT)
-        assert [ticket.is_completed() for _ in range(3)] == [False, True, True]  # type: ignore[attr-defined]
-        ticket.wait()  # type: ignore[attr-defined]
-    assert rules(device) == []
+    """Then the host knows, and what it issues comes after."""
+    for asked in (1, 2):
+        with device.watch():
+            with device.side(EXPERT, [device.mark()]):
+                sent = made(device)
+                ticket = device.all_to_all(out := torch.empty_like(sent), sent, [4], [4], alone)
+            assert [ticket.is_completed() for _ in range(asked)] == [False, True][:asked]
+            device.adopt(out)
+            out.clone()
+            ticket.wait()
+        assert rules(device) == ([Rule.RACE] if asked == 1 else [])
 
 
 def test_check_raises_the_lines(device: SanitizerDevice) -> None:
