@@ -37,7 +37,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch", "torch.distributed", "torch.nn.functional", "numpy", "safetensors.torch"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch.nn.functional",
+    "torch.fx.experimental.symbolic_shapes",  # autograd imports it in the first backward of a process
+    "numpy",
+    "safetensors.torch",
+]
 GRACE_SECONDS = 2.0
 LOG_TAIL = 6000
 PR_SET_PDEATHSIG = 1

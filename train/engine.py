@@ -101,10 +101,11 @@ class Engine:
         self._recorder: Recorder | None = NO_RECORDER
         shape = self.table(2)
         self.model = RankModel(model, self.topology, shape, stage_layout(model, shape, parallel.layout), dtype)
-        members = {*self.model.replica_groups(), *self.topology.expert_groups()}
-        self.groups = Groups(rank, members, parallel.timeout_seconds)
+        self.groups = Groups(rank, self.model.replica_groups(), parallel.timeout_seconds)
+        # Apart even where the same ranks hold replicas: on one communicator a reduction would hold up an all-to-all.
+        expert_groups = Groups(rank, self.topology.expert_groups(), parallel.timeout_seconds)
         mine = next(g for g in self.topology.expert_groups() if rank in g)
-        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, self.groups[mine], device)
+        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, expert_groups[mine], device)
         self.optimizer = Zero1(self.model.specs(), optimizer, self.groups, rank)
         self.store = WeightGradStore(self.optimizer)
         self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps)

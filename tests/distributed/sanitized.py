@@ -16,7 +16,6 @@ from parallel.sanitizer.device import SanitizerDevice
 from parallel.sanitizer.executor import WatchedExecutor
 from parallel.sanitizer.findings import Finding
 from parallel.schedule.transfers import forward_only
-from parallel.topology import Groups
 from tests.model.models import model_config
 from train.engine import ORDERS, Engine, StepPlan
 
@@ -49,14 +48,8 @@ def engine_of(rank: int, parallel: ParallelConfig) -> SanitizedEngine:
     config = replace(model_config("tiny", mtp_depth=1), num_layers=3, **FP8_WIDTHS)
     optimizer = OptimizerConfig(moment_dtype="float32")
     engine = SanitizedEngine(config, parallel, optimizer, torch.float32, False, rank, 2, SanitizerDevice())
-    # Their own communicator: a gradient reduction on the same one would hold up the all-to-alls behind it.
-    engine.dispatcher.group = Groups(rank, engine.topology.expert_groups(), 60.0)[expert_group(engine)]
     engine.initialize(seed=3)
     return engine
-
-
-def expert_group(engine: Engine) -> tuple[int, ...]:
-    return next(group for group in engine.topology.expert_groups() if engine.topology.rank in group)
 
 
 def batches_of(engine: Engine, micro_batches: int) -> tuple[dict[tuple[int, int], MicroBatch], StepPlan]:
