@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,16 @@ Channel = str
 
 EXPERT = "expert"
 PIPELINE = "pipeline"
+
+
+class PointToPoint(NamedTuple):
+    """A send or a receive of a contiguous tensor. peer: global rank. tag: tells operations of one pair of ranks apart
+    where the transport can (gloo); NCCL goes by their order."""
+
+    send: bool
+    tensor: torch.Tensor
+    peer: int
+    tag: int
 
 
 class Ticket(Protocol):
@@ -63,7 +73,7 @@ class Device(Protocol):
         """Rows by rank: `give[r]` rows of `sent` to rank r, `take[r]` rows of `out` from it. Inside `side` only."""
         ...
 
-    def transfer(self, operations: list[dist.P2POp]) -> Sequence[Ticket]:
+    def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
         """One batch of sends and receives; one ticket for each, or one for all. Inside `side` only."""
         ...
 
@@ -92,8 +102,14 @@ class HostDevice:
     ) -> Ticket:
         return dist.all_to_all_single(out, sent, take, give, group=group, async_op=True)
 
-    def transfer(self, operations: list[dist.P2POp]) -> Sequence[Ticket]:
-        return dist.batch_isend_irecv(operations)
+    def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
+        # `batch_isend_irecv` checks and wraps each operation, which takes as long as handing 1 MB to a socket.
+        world = dist.group.WORLD
+        assert world is not None
+        return [
+            world.send([tensor], peer, tag) if send else world.recv([tensor], peer, tag)
+            for send, tensor, peer, tag in operations
+        ]
 
     def adopt(self, *tensors: torch.Tensor) -> None:
         pass
@@ -156,8 +172,9 @@ class CudaDevice:
     ) -> Ticket:
         return self._ticket([dist.all_to_all_single(out, sent, take, give, group=group, async_op=True)])
 
-    def transfer(self, operations: list[dist.P2POp]) -> Sequence[Ticket]:
-        return [self._ticket(dist.batch_isend_irecv(operations))]
+    def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
+        batch = [dist.P2POp(dist.isend if send else dist.irecv, tensor, peer) for send, tensor, peer, _ in operations]
+        return [self._ticket(dist.batch_isend_irecv(batch))]
 
     def adopt(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed import DistError
 
-from parallel.device import HOST, PIPELINE, Device, Event, Ticket
+from parallel.device import HOST, PIPELINE, Device, Event, PointToPoint, Ticket
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import PipelineStage
 from parallel.pipeline.interleave import Running, overlap
@@ -193,8 +192,7 @@ class Executor:
                     tensor = sent[move.boundary][0].contiguous()
                 else:
                     tensor = torch.empty(move.shape(move.transfer.chunk), dtype=self.dtype, device=device.where)
-                kind = dist.isend if move.shape is None else dist.irecv
-                operations.append(dist.P2POp(kind, tensor, move.peer, tag=move.tag))
+                operations.append(PointToPoint(move.shape is None, tensor, move.peer, move.tag))
                 tensors.append(tensor)
             events = self._issued(batch, tensors, self.recorder) if self.recorder else []
             try:

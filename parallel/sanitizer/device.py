@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.device import Channel, Event, Ticket
+from parallel.device import Channel, Event, PointToPoint, Ticket
 from parallel.sanitizer.clock import HOST, Clocks, Moment, Stream
 from parallel.sanitizer.collectives import Issued, Log, form_of
 from parallel.sanitizer.findings import Findings, Rule
@@ -155,20 +155,19 @@ class SanitizerDevice:
             self._move(*exchange(out, sent, take, give, group, f"{operation} {self._names[operation]}"))
         return self._ticket(operation, stream, 1)
 
-    def transfer(self, operations: list[dist.P2POp]) -> Sequence[Ticket]:
+    def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
         named = len(self.transfers) == len(operations)
         issued = []
         for index, operation in enumerate(operations):
-            kind = "send" if operation.op is dist.isend else "receive"
+            kind = "send" if operation.send else "receive"
             name = self.transfers[index] if named else f"{kind} {index + 1} with rank {operation.peer} in {self.at}"
             issued.append(Issued(kind, name, form_of(operation.tensor), operation.peer, operation.tag))
         whole = f"batch [{', '.join(one.name for one in issued)}]"
-        group = operations[0].group
-        stream, tick = self._issue(dist.group.WORLD if group is None else group, issued, whole)
+        stream, tick = self._issue(dist.group.WORLD, issued, whole)
         for one, operation in zip(issued, operations, strict=True):
             self._use(operation.tensor, stream, tick, one.name, writes=one.kind == "receive")
         with self._working():
-            self.deliver([operation.tensor for operation in operations if operation.op is dist.isend])
+            self.deliver([operation.tensor for operation in operations if operation.send])
             self._move(*post(operations))
         return [self._ticket(whole, stream, len(operations))]
 

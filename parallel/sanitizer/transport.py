@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from parallel.device import PointToPoint
+
 Works = list[dist.Work]
 
 
@@ -59,16 +61,16 @@ def exchange(
     return [Landing(out, arriving, receives)], sends
 
 
-def post(operations: Sequence[dist.P2POp]) -> tuple[list[Landing], Works]:
+def post(operations: Sequence[PointToPoint]) -> tuple[list[Landing], Works]:
     """A batch of sends and receives: (what lands, what is sent)."""
     landings, sends = list[Landing](), Works()
     for operation in operations:
-        tensor, peer, group, tag = operation.tensor, operation.peer, operation.group, operation.tag
-        if operation.op is dist.isend:
-            sends.append(_started(dist.isend(tensor.detach().clone(), peer, group, tag)))
+        send, tensor, peer, tag = operation
+        if send:
+            sends.append(_started(dist.isend(tensor.detach().clone(), peer, tag=tag)))
         else:
             arriving = torch.empty_like(tensor)
-            landings.append(Landing(tensor, arriving, [_started(dist.irecv(arriving, peer, group, tag))]))
+            landings.append(Landing(tensor, arriving, [_started(dist.irecv(arriving, peer, tag=tag))]))
     return landings, sends
 
 

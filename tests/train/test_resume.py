@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.trace.__main__ import main as trace
 from tests.train.ranks import LAYOUT, Nursery, arguments, losses, make_corpus, nursery, stage
 from train.history import read_lines
 
@@ -43,9 +44,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(nurse: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
+    """The uninterrupted run. It alone is traced, which must change nothing."""
     root = tmp_path_factory.mktemp("reference")
-    started = nurse.start(arguments(root, corpus, "run", STAGES, *RUN), root / "logs")
+    started = nurse.start(arguments(root, corpus, "run", STAGES, *RUN, "logging.trace_steps=[2,3]"), root / "logs")
     assert started.wait() == [0, 0, 0, 0], started.error(0)
     return root / "run"
 
@@ -118,3 +119,14 @@ def test_killed_and_stopped_run_equals_the_uninterrupted_one(
     assert tensors(run) == tensors(reference)
     assert position(run) == position(reference)
     assert not list(tmp_path.glob("run/**/*.partial")) and not list(tmp_path.glob("run/**/*.tmp-*"))
+
+
+def test_traced_steps_of_a_run(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(path.name for path in (reference / "trace").iterdir()) == [f"rank-{rank}.json" for rank in range(4)]
+    for rank in range(4):
+        events = json.loads((reference / "trace" / f"rank-{rank}.json").read_text())["traceEvents"]
+        assert sum(event.get("cat") == "run" for event in events) == 2
+    assert trace([str(reference)]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["ranks"] == 4 and figures["all_to_all_ms"] > 0
+    assert any("default" in order["equals"] for order in figures["orders"])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import parallel.pipeline.executor as executor_module
-from parallel.device import HostDevice
+from parallel.device import HostDevice, PointToPoint, Ticket
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import DEFAULT_ORDER, Program
 from parallel.pipeline.executor import Executor, PeerLost
@@ -105,24 +104,22 @@ def step(table: Table, rank: int, reverse: bool) -> dict[str, Any]:
     """One step of `table` on this process; reverse: pipeline rank r is process 1 - r."""
     pipeline_rank = 1 - rank if reverse else rank
     executor, stages, events = make(table, pipeline_rank, (lambda r: 1 - r) if reverse else lambda r: r)
-    works: list[dist.Work] = []
-    posted, batch = executor._post, dist.batch_isend_irecv
+    works: list[Ticket] = []
+    posted, transfer = executor._post, executor.device.transfer
 
     def post(given: Any) -> None:
         events.extend(("post", t) for t in given.post.transfers)
         posted(given)
 
-    def batch_isend_irecv(operations: list[dist.P2POp]) -> list[dist.Work]:
-        found = batch(operations)
-        works.extend(w for w, operation in zip(found, operations, strict=True) if operation.op is dist.isend)
-        return found
+    class Watched(HostDevice):
+        def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
+            found = transfer(operations)
+            works.extend(work for work, operation in zip(found, operations, strict=True) if operation.send)
+            return found
 
     executor._post = post  # type: ignore[method-assign]
-    dist.batch_isend_irecv = batch_isend_irecv
-    try:
-        executor.run()
-    finally:
-        dist.batch_isend_irecv = batch
+    executor.device = Watched()
+    executor.run()
     return {
         "outputs": {key: stage.outputs for key, stage in stages.items()},
         "input_grads": {key: stage.input_grads for key, stage in stages.items()},
@@ -259,12 +256,11 @@ class Network(HostDevice):
     def __init__(self, work: Silent) -> None:
         self.work = work
 
-    def transfer(self, operations: list[dist.P2POp]) -> list[Silent]:
+    def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
         return [self.work for _ in operations]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, work: Silent) -> None:
-    monkeypatch.setattr(dist, "P2POp", lambda kind, tensor, peer, tag: (kind, peer, tag))
     monkeypatch.setattr(executor_module, "HOST", Network(work))
 
 
