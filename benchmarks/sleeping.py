@@ -4,13 +4,15 @@ An F takes 1 unit, an I 1, a W 1, a B the 2 of I and W, a stage's check of what 
 hands on what it makes at its end, as the simulator has it. In a pair F&B the steps of both programs alternate (3 units
 in all), and dX leaves before the attention weight gradient, half a unit before the end.
 
-Sleeps are relative: what an action starts late, it ends late.
+Sleeps are relative: what an action starts late, it ends late. Only the timer's own lateness, measured before anything
+runs, is taken off each, so that 40 ms are 40 ms.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,9 +50,11 @@ def content(boundary: Boundary) -> torch.Tensor:
 class Clock:
     """One rank's sleeps. expected: tensors its stages receive in a step. unit: seconds. factors: of (op, direction,
     stage, chunk), 1 where there is none. first, last: when its first sleep began and its last one ended. asked:
-    seconds of its `sleeps`. late: seconds beyond that. checking: seconds that the next sleep is shorter by."""
+    seconds of its `sleeps`. late: seconds beyond that. checking: seconds that the next sleep is shorter by.
+    lateness: seconds by which this machine's timer always ends a sleep late."""
 
     expected: int
+    lateness: float = 0.0
     unit: float = 0.0
     factors: dict[tuple[Op, int, int, int], float] = field(default_factory=dict)
     first: float | None = None
@@ -72,8 +76,8 @@ class Clock:
         if self.first is None:
             self.first = start
         seconds = self.unit * share * self.factors.get((op, direction, stage, chunk), 1.0)
-        if seconds > self.checking:
-            time.sleep(seconds - self.checking)
+        if seconds > self.checking + self.lateness:
+            time.sleep(seconds - self.checking - self.lateness)
         self.checking = 0.0
         self.last = time.perf_counter()
         self.asked += seconds
@@ -98,6 +102,16 @@ class Clock:
         if not different == len(self.received) == self.expected:
             raise RuntimeError(f"{len(self.received)} tensors arrived, {different} different ones, not {self.expected}")
         self.received.clear()
+
+
+def timer_lateness(sleeps: int = 40, seconds: float = 0.005) -> float:
+    """Median seconds by which a sleep ends late on this machine."""
+    late = []
+    for _ in range(sleeps):
+        start = time.perf_counter()
+        time.sleep(seconds)
+        late.append(time.perf_counter() - start - seconds)
+    return statistics.median(late)
 
 
 def draws(table: Table, seed: int) -> dict[tuple[Op, int, int, int], float]:

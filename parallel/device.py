@@ -103,13 +103,17 @@ class HostDevice:
         return dist.all_to_all_single(out, sent, take, give, group=group, async_op=True)
 
     def transfer(self, operations: Sequence[PointToPoint]) -> Sequence[Ticket]:
-        # `batch_isend_irecv` checks and wraps each operation, which takes as long as handing 1 MB to a socket.
+        # `batch_isend_irecv` checks and wraps each operation, which takes as long as handing 1 MB to a socket. Receives
+        # go first: gloo writes to a peer only once it has heard that the peer wants to read.
         world = dist.group.WORLD
         assert world is not None
-        return [
-            world.send([tensor], peer, tag) if send else world.recv([tensor], peer, tag)
-            for send, tensor, peer, tag in operations
+        tickets: list[Ticket | None] = [
+            None if send else world.recv([tensor], peer, tag) for send, tensor, peer, tag in operations
         ]
+        for i, (send, tensor, peer, tag) in enumerate(operations):
+            if send:
+                tickets[i] = world.send([tensor], peer, tag)
+        return tickets  # type: ignore[return-value]
 
     def adopt(self, *tensors: torch.Tensor) -> None:
         pass
