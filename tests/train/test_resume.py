@@ -129,4 +129,5 @@ def test_traced_steps_of_a_run(reference: Path, capsys: pytest.CaptureFixture[st
     assert trace([str(reference)]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["ranks"] == 4 and figures["all_to_all_ms"] > 0
-    assert any("default" in order["equals"] for order in figures["orders"])
+    moved = {hidden["all_to_all"] for hidden in figures["hidden"]}
+    assert moved == {f"{name}({way})" for name in ("dispatch", "combine") for way in "FB"}
