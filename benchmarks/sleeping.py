@@ -5,7 +5,7 @@ hands on what it makes at its end, as the simulator has it. In a pair F&B the st
 in all), and dX leaves before the attention weight gradient, half a unit before the end.
 
 Sleeps are relative: what an action starts late, it ends late. Only the timer's own lateness, measured before anything
-runs, is taken off each, so that 40 ms are 40 ms.
+runs, is taken off each, and what that makes too short is waited out: no sleep is shorter than asked for.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class Clock:
         seconds = self.unit * share * self.factors.get((op, direction, stage, chunk), 1.0)
         if seconds > self.checking + self.lateness:
             time.sleep(seconds - self.checking - self.lateness)
+            while self.lateness and time.perf_counter() < start + seconds:
+                pass
         self.checking = 0.0
         self.last = time.perf_counter()
         self.asked += seconds

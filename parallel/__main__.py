@@ -27,6 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
+from parallel.arguments import pairs
 from parallel.schedule.actions import Post, Table
 from parallel.schedule.boundary import parts
 from parallel.schedule.checker import check
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     given: dict[str, str] = {}
     try:
         if list(arguments[:1]) == ["compare"]:
-            given = _parse(arguments[1:], ("ranks", "micro_batches", "out", *COSTS), ("ranks", "micro_batches"))
+            given = pairs(arguments[1:], ("ranks", "micro_batches", "out", *COSTS), ("ranks", "micro_batches"), USAGE)
             return _compare(given)
-        given = _parse(arguments, ONE, ("schedule", "micro_batches"))
+        given = pairs(arguments, ONE, ("schedule", "micro_batches"), USAGE)
         return _one(given)
     except ValueError as error:
         print(f"python -m parallel: {error}", file=sys.stderr)
@@ -64,21 +65,6 @@ def main(arguments: Sequence[str]) -> int:
         out = given.get("out", OUT)
         print(f"python -m parallel: out={out}: cannot write: {error.strerror or error}", file=sys.stderr)
         return EXIT_CANNOT_WRITE
-
-
-def _parse(arguments: Sequence[str], allowed: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in allowed or not equals or not value:
-            raise ValueError(f"{argument!r}: must be KEY=VALUE with KEY one of {', '.join(allowed)}; {USAGE}")
-        if key in given:
-            raise ValueError(f"{key} is given twice: {given[key]} and {value}")
-        given[key] = value
-    missing = [key for key in needed if key not in given]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; {USAGE}")
-    return given
 
 
 def _number(given: dict[str, str], key: str) -> int:

@@ -22,6 +22,7 @@ from launch.ledger.choices import EFFECTS, choose
 from launch.ledger.ledger import BUDGET, RESERVE, Plan
 from launch.ledger.report import Grid, Ledger, figures, make_ledger, tables
 from model.config import ModelConfig, config_problems
+from parallel.arguments import pairs
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 REQUIRED = ("model", "pipeline", "expert", "ranks", "micro_batches")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{USAGE}\n\n{__doc__}\n{choices}")
         return 0
     try:
-        given = _parse(arguments)
+        given = pairs(arguments, (*REQUIRED, *OPTIONAL, *EFFECTS), REQUIRED, USAGE)
         ledger = _ledger(given)
     except ValueError as error:
         print(f"python -m launch.ledger: {error}", file=sys.stderr)
@@ -56,22 +57,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"written: {file}")
     print(json.dumps(figures(ledger, [str(file) for file in files])))
     return 0
-
-
-def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    allowed = (*REQUIRED, *OPTIONAL, *EFFECTS)
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in allowed or not equals or not value:
-            raise ValueError(f"{argument!r}: must be KEY=VALUE with KEY one of {', '.join(allowed)}")
-        if key in given:
-            raise ValueError(f"{key} is given twice: {given[key]} and {value}")
-        given[key] = value
-    missing = [key for key in REQUIRED if key not in given]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; {USAGE}")
-    return given
 
 
 def _ledger(given: dict[str, str]) -> Ledger:
@@ -125,13 +110,14 @@ def _number(key: str, text: str, least: int = 1) -> int:
 
 def _write(ledger: Ledger, grids: Sequence[Grid], folder: Path) -> list[Path]:
     # matplotlib takes longer to import than everything else here takes to run
-    from launch.ledger.drawing import draw_classes, draw_timeline, write_file
+    from launch.ledger.drawing import draw_classes, draw_timeline
+    from parallel.schedule.drawing import publish
 
     classes, timeline, text = folder / "memory.png", folder / "memory_timeline.png", folder / "memory_tables.md"
     draw_classes(ledger, classes)
     middle = ledger.plan.pipeline // 2 - 1
     draw_timeline(ledger, sorted({0, max(middle, 0)}), timeline)
-    write_file(text, ("\n\n".join(grid.markdown() for grid in grids) + "\n").encode())
+    publish(("\n\n".join(grid.markdown() for grid in grids) + "\n").encode(), text)
     return [classes, timeline, text]
 
 

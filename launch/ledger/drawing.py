@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from launch.ledger.ledger import KINDS, Lines, RankTimeline, Sizes
 from launch.ledger.report import GB, Ledger
+from parallel.schedule.drawing import publish
 
 COLOURS = {
     "BF16 weights": "#1c5f9e",
@@ -109,15 +109,4 @@ def _short(ranks: Sequence[int]) -> str:
 def _write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
-    write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Under a temporary name first, on disk before it is renamed. OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    publish(buffer.getvalue(), path)

@@ -9,7 +9,6 @@ its lower half.
 from __future__ import annotations
 
 import io
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from matplotlib.patches import Patch
 from parallel.schedule.actions import Compute, Op
 from parallel.schedule.boundary import parts
 from parallel.schedule.simulator import Simulation
+from parallel.trace.files import published
 
 # hue -> light (F), middle (I), dark (B and edges)
 SHADES = (
@@ -288,10 +288,5 @@ def _save(figure: Figure, output: Path) -> None:
 
 def publish(content: bytes, output: Path) -> None:
     """Write through a temporary name, so that no reader sees half a file; OSError where that fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.partial")
-    with temporary.open("wb") as file:
+    with published(output) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(output)
