@@ -10,29 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.cache import Cache
 from model.config import ModelConfig
 from model.norm import promoted, rms_norm
 from model.rope import apply_rope
 
 QUERY_BLOCK = 512
-
-
-class LatentCache:
-    """What decoding keeps of one layer: normalised latents [B, S, L] and rotated shared keys [B, S, R], nothing per
-    head.
-    """
-
-    def __init__(self) -> None:
-        self.latent_BSL: torch.Tensor | None = None
-        self.rope_key_BSR: torch.Tensor | None = None
-
-    def append(self, latent_BTL: torch.Tensor, rope_key_BTR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T positions; returns all S positions kept so far."""
-        if self.latent_BSL is not None and self.rope_key_BSR is not None:
-            latent_BTL = torch.cat((self.latent_BSL, latent_BTL), dim=1)
-            rope_key_BTR = torch.cat((self.rope_key_BSR, rope_key_BTR), dim=1)
-        self.latent_BSL, self.rope_key_BSR = latent_BTL, rope_key_BTR
-        return latent_BTL, rope_key_BTR
 
 
 def causal_attention(
@@ -117,7 +100,7 @@ class Attention(nn.Module):
         cos_TP: torch.Tensor,
         sin_TP: torch.Tensor,
         softmax_scale: float,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Causal self-attention over [B, T, d] (normalised input), without the residual. No mask between documents
         (V3).

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from model.attention import LatentCache
+from model.cache import new_cache
 from model.errors import ModelError
 from model.norm import promoted
 from model.rope import Rotary
@@ -52,7 +52,7 @@ def generate(
     bad = [token for token in prompt if not 0 <= token < limit]
     if bad:
         raise ModelError(f"generate: token id {bad[0]} in the prompt, must be 0..{limit - 1}")
-    caches = [LatentCache() for _ in model.layers] if use_cache else None
+    caches = [new_cache(model.config) for _ in model.layers] if use_cache else None
     text, done = list(prompt), 0
     for _ in range(max_new_tokens):
         tokens_BT = torch.tensor([text[done:]], device=model.embed.device)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.attention import Attention, LatentCache
+from model.attention import Attention
+from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import Experts
 from model.mlp import MLP
@@ -61,7 +62,7 @@ class TransformerLayer(nn.Module):
         sin_TP: torch.Tensor,
         softmax_scale: float,
         real_BT: torch.Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, MoEStatistics | None]:
         """[B, T, d] -> [B, T, d], and the MoE statistics (None for a dense layer) over the tokens marked real."""
         eps = self.config.rms_norm_eps

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import LatentCache
+from model.cache import Cache
 from model.config import ModelConfig
 from model.layer import MoEStatistics, TransformerLayer
 from model.norm import rms_norm
@@ -50,7 +50,7 @@ class MultiTokenPrediction(nn.Module):
         sin_TP: torch.Tensor,
         softmax_scale: float,
         real_BT: torch.Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, MoEStatistics]:
         """State of the depth before (normed) and embeddings of the tokens k ahead -> this depth's state (normed)."""
         x_BTd, statistics = self.layer(

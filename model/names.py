@@ -20,31 +20,33 @@ from parallel.optimizer.contract import Part
 Shapes = dict[str, tuple[int, ...]]
 
 
+def _attention_shapes(config: ModelConfig) -> Shapes:
+    d, heads = config.hidden_size, config.num_heads
+    queries, output = heads * config.qk_head_dim, heads * config.value_head_dim
+    if config.attention == "gqa":
+        width = config.num_key_value_heads * config.head_dim
+        found: Shapes = {"q": (queries, d), "k": (width, d), "v": (width, d)}
+    else:
+        Q, L = config.q_lora_rank, config.kv_lora_rank
+        found = {"q_a": (Q, d), "q_norm": (Q,), "q_b": (queries, Q)} if Q else {"q": (queries, d)}
+        found |= {
+            "kv_a": (L + config.qk_rope_head_dim, d),
+            "kv_norm": (L,),
+            "kv_b": (heads * (config.qk_nope_head_dim + config.v_head_dim), L),
+        }
+    return {f"attention.{name}": shape for name, shape in (found | {"o": (d, output)}).items()}
+
+
 def layer_shapes(config: ModelConfig, moe: bool) -> Shapes:
     """Canonical tensors of one layer, without its prefix."""
-    d, heads = config.hidden_size, config.num_heads
-    Q, L, f = config.q_lora_rank, config.kv_lora_rank, config.moe_intermediate_size
-    shapes: Shapes = {"attn_norm": (d,)}
-    if Q:
-        shapes |= {"attention.q_a": (Q, d), "attention.q_norm": (Q,), "attention.q_b": (heads * config.qk_head_dim, Q)}
-    else:
-        shapes |= {"attention.q": (heads * config.qk_head_dim, d)}
-    shapes |= {
-        "attention.kv_a": (L + config.qk_rope_head_dim, d),
-        "attention.kv_norm": (L,),
-        "attention.kv_b": (heads * (config.qk_nope_head_dim + config.v_head_dim), L),
-        "attention.o": (d, heads * config.v_head_dim),
-        "mlp_norm": (d,),
-    }
+    d, f = config.hidden_size, config.moe_intermediate_size
+    shapes: Shapes = {"attn_norm": (d,)} | _attention_shapes(config) | {"mlp_norm": (d,)}
     if not moe:
         return shapes | {"mlp.gate_up": (2 * config.intermediate_size, d), "mlp.down": (d, config.intermediate_size)}
     experts, shared = config.num_routed_experts, config.num_shared_experts * f
-    shapes |= {
-        "router.weight": (experts, d),
-        "router.bias": (experts,),
-        "shared.gate_up": (2 * shared, d),
-        "shared.down": (d, shared),
-    }
+    shapes |= {"router.weight": (experts, d)}
+    shapes |= {"router.bias": (experts,)} if config.router_bias else {}
+    shapes |= {"shared.gate_up": (2 * shared, d), "shared.down": (d, shared)}
     for expert in range(experts):
         shapes |= {f"experts.{expert}.gate_up": (2 * f, d), f"experts.{expert}.down": (d, f)}
     return shapes
@@ -57,12 +59,12 @@ def canonical_shapes(config: ModelConfig) -> Shapes:
     V, d = config.vocab_size, config.hidden_size
     shapes: Shapes = {"embed": (V, d)}
     for i in range(config.num_layers):
-        layer = layer_shapes(config, moe=i >= config.first_dense_layers)
+        layer = layer_shapes(config, config.is_moe(i))
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes |= {"norm": (d,)} if config.tie_embeddings else {"norm": (d,), "head": (V, d)}
     for k in range(config.mtp_depth):
         shapes |= {f"mtp.{k}.embed_norm": (d,), f"mtp.{k}.hidden_norm": (d,), f"mtp.{k}.proj": (d, 2 * d)}
-        shapes |= {f"mtp.{k}.layer.{name}": shape for name, shape in layer_shapes(config, moe=True).items()}
+        shapes |= {f"mtp.{k}.layer.{name}": shape for name, shape in layer_shapes(config, config.has_experts).items()}
         shapes |= {f"mtp.{k}.norm": (d,)}
     return shapes
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention import LatentCache
+from model.cache import Cache
 from model.config import ModelConfig
 from model.layer import MoEStatistics, TransformerLayer
 from model.mtp import MultiTokenPrediction
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         *,
         rotary: Rotary,
         real_BT: torch.Tensor | None = None,
-        caches: list[LatentCache] | None = None,
+        caches: list[Cache] | None = None,
         first_position: int = 0,
     ) -> Output:
         """Logits of the main model and, given mtp_tokens (depth k: the token k + 1 ahead, k from 0), of each MTP depth.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.attention import LatentCache
+from model.cache import LatentCache
 from model.errors import ModelError
 from model.generate import generate, sample
 from model.rope import Rotary
@@ -24,7 +24,7 @@ def test_cached_logits_are_the_full_forwards(length: int) -> None:
         pieces.append(model(piece_BT, rotary=rotary, caches=caches, first_position=done).logits_BTV)
         done += size
     assert (torch.cat(pieces, 1) - full).abs().max() < 1e-12
-    assert caches[0].latent_BSL is not None and caches[0].latent_BSL.shape == (2, 20, config.kv_lora_rank)
+    assert caches[0].first is not None and caches[0].first.shape == (2, 20, config.kv_lora_rank)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
