@@ -79,13 +79,6 @@ def is_norm(name: str) -> bool:
     return name.endswith("norm")
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies: to every matrix (embedding and head too), not to norms and biases. The papers do
-    not say.
-    """
-    return not (is_norm(name) or is_router_bias(name))
-
-
 def parts_of(path: str, shape: tuple[int, ...], prefix: str, first_expert: int) -> tuple[Part, ...]:
     """The canonical parts of one tensor of a module; `first_expert` only matters to stacked experts."""
     parent, _, leaf = path.rpartition(".")

@@ -9,9 +9,10 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.count import part_flops
+from model.groups import group_of
 from model.layer import TransformerLayer
 from model.mtp import MultiTokenPrediction
-from model.names import decays, module_parts, parts_of
+from model.names import module_parts, parts_of
 from model.ops import Ops
 from model.segments import SegmentedLayer
 from model.stage import Depth, Output, TransformerStage
@@ -44,6 +45,10 @@ def stage_layout(config: ModelConfig, table: Table, text: str) -> Layout:
 class RankModel(nn.Module):
     """The modules of one rank. A component that serves two stages (embedding on first and last) is one tensor.
 
+    device: where the parameters live. They are laid out on `meta`, which takes no memory, and with `meta` left there:
+    `specs` then says what the rank holds, and `materialise` makes room for it. Values come from the optimizer's
+    `initialize`.
+
     Attributes: embed, head, norm (or None; a tied head is `embed` itself), layers {index: TransformerLayer}, mtp
     [MultiTokenPrediction], split ([first, last) layers of each stage). Raises ValueError when layout, table and model
     do not fit.
@@ -60,6 +65,7 @@ class RankModel(nn.Module):
         table: Table,
         layout: Layout,
         dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.config, self.topology, self.table, self.dtype = config, topology, table, dtype
@@ -75,7 +81,7 @@ class RankModel(nn.Module):
         V, d = config.vocab_size, config.hidden_size
 
         def parameter(held: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, dtype=dtype)) if held else None
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) if held else None
 
         self.embed = parameter("embed" in mine, V, d)
         tied = config.tie_embeddings and "norm" in mine
@@ -83,15 +89,30 @@ class RankModel(nn.Module):
         self.norm = parameter("norm" in mine, d)
         self.layers = nn.ModuleDict(
             {
-                str(i): TransformerLayer(config, i >= config.first_dense_layers, experts, dtype)
+                str(i): TransformerLayer(config, i >= config.first_dense_layers, experts, dtype, device="meta")
                 for i in range(config.num_layers)
                 if f"layers.{i}" in mine
             }
         )
         depth = config.mtp_depth if "norm" in mine else 0
-        self.mtp = nn.ModuleList(MultiTokenPrediction(config, experts, dtype) for _ in range(depth))
+        self.mtp = nn.ModuleList(MultiTokenPrediction(config, experts, dtype, device="meta") for _ in range(depth))
         self.segmented: dict[str, SegmentedLayer] = {}
         self.stages: dict[tuple[int, int], TransformerStage] = {}
+        if torch.device(device).type != "meta":
+            self.materialise(device)
+
+    @torch.no_grad()
+    def materialise(self, device: torch.device | str) -> None:
+        """Give this rank's parameters memory on `device`, uninitialised, and set its router biases to 0. The parameters
+        are new objects: `specs` and `build_stages` come after it."""
+        tied = self.head is not None and self.head is self.embed
+        if tied:
+            self.head = None  # or to_empty would make two tensors of it
+        self.to_empty(device=device)
+        if tied:
+            self.head = self.embed
+        for bias in self.buffers():
+            bias.zero_()
 
     # Placement --------------------------------------------------------------------------------------------------------
 
@@ -151,7 +172,7 @@ class RankModel(nn.Module):
                 parts = parts_of(name, tuple(parameter.shape), "", 0)
                 bucket = "embed" if name == "embed" else "output"
                 found.append(
-                    ParameterSpec(parameter, parts, self.replicas(name), bucket, self._uses(name), decays(name))
+                    ParameterSpec(parameter, parts, self.replicas(name), bucket, self._uses(name), group_of(name))
                 )
         for component, module in self._modules_by_component():
             parameters = dict(module.named_parameters())
@@ -159,8 +180,8 @@ class RankModel(nn.Module):
                 routed = path.startswith("experts.") or ".experts." in path
                 replicas = self.replicas(component, self.topology.expert_rank if routed else None)
                 bucket = f"{component}.{'experts' if routed else 'dense'}"
-                decay = decays(parts[0].name)
-                found.append(ParameterSpec(parameters[path], parts, replicas, bucket, self._uses(component), decay))
+                group = group_of(parts[0].name)
+                found.append(ParameterSpec(parameters[path], parts, replicas, bucket, self._uses(component), group))
         return found
 
     def router_biases(self) -> dict[str, torch.Tensor]:

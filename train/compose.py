@@ -17,7 +17,7 @@ from data.errors import DataError
 from kernels.quantize import WIDTH_MULTIPLE
 from model.config import ModelConfig, config_problems
 from model.partition import stage_layout
-from parallel.optimizer.config import DTYPES
+from parallel.optimizer.config import DTYPES, GroupConfig, group_problems
 from parallel.pipeline.contract import ORDERS
 from parallel.schedule.registry import build
 from train.config import RunConfig, StageConfig
@@ -74,6 +74,9 @@ def problems_of(config: RunConfig) -> list[str]:
     for key in ("eps", "weight_decay", "clip"):
         if not 0 <= getattr(config.optimizer, key) < math.inf:
             found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 or more")
+    found += group_problems(config.optimizer.groups)
+    if m.tie_embeddings and config.optimizer.groups.head != GroupConfig():
+        found.append("optimizer.groups.head: with model.tie_embeddings the head is in optimizer.groups.embedding")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(config.optimizer, key) < 1:
             found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 up to, but not, 1")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 
 
 class ConsoleSink:
@@ -48,6 +50,9 @@ class ConsoleSink:
             self._console.print(f"step {step:>6}  {shown}", markup=False, soft_wrap=True)
 
     def event(self, kind: str, fields: Mapping[str, object]) -> None:
+        if kind == "optimizer_groups":
+            self._console.print(groups_table(cast("Sequence[Mapping[str, Any]]", fields["groups"])))
+            return
         shown = ", ".join(f"{name} {value}" for name, value in fields.items())
         self._console.print(
             f"-- {kind.replace('_', ' ')}" + (f": {shown}" if shown else ""), markup=False, soft_wrap=True
@@ -88,6 +93,26 @@ def step_line(step: int, tokens: int, total: int, values: Mapping[str, float], l
     if skipped:
         columns.append("SKIPPED (norm not finite)")
     return "  ".join(columns)
+
+
+def groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """The optimizer's groups (fields of `model.groups.GroupSummary`), a line each."""
+    table = Table(title="optimizer groups", title_justify="left", box=None, pad_edge=False)
+    table.add_column("group")
+    for title in ("tensors", "parameters", "rate", "decay"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for group in groups:
+        factor, decay = group["learning_rate_factor"], group["weight_decay"]
+        table.add_row(
+            group["group"],
+            f"{group['tensors']:,}",
+            short(group["parameters"]),
+            "-" if factor is None else f"x {factor:g}",
+            "-" if decay is None else f"{decay:g}",
+            group["note"],
+        )
+    return table
 
 
 def short(number: float) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
+from model.groups import group_table
 from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
@@ -165,6 +166,9 @@ class Trainer:
         self._status("starting")
         ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
         self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)
+        if self.rank == 0:
+            groups = group_table(self.config.model, self.config.optimizer)
+            self.metrics.event("optimizer_groups", groups=[asdict(group) for group in groups])
         while state.stage < len(self.config.stages):
             stage = self.config.stages[state.stage]
             stream = together(partial(self._open, stage, state.started))

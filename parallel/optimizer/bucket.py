@@ -8,9 +8,9 @@ piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from parallel.optimizer.contract import ParameterSpec, RowRange
 from parallel.trace.recorder import NO_RECORDER, Channel, Kind, Recorder
 from parallel.trace.tickets import TracedTicket
 
+Settings = TypeVar("Settings")
 PIECE_UNIT = 128  # elements; keeps every piece aligned for vector loads in any dtype
 
 # torch 2.13 renamed both; older versions only know the old names.
@@ -46,7 +47,7 @@ class OwnedSlice:
     rows: RowRange
     columns: int
     offset: int
-    decay: bool
+    group: str
 
     @property
     def elements(self) -> int:
@@ -114,8 +115,8 @@ class Bucket:
                 number, part = parts[rows.index]
                 if owner == self.position:
                     name_rows = RowRange(part.name, rank, rows.first, rows.last)
-                    decay = self.specs[number].decay
-                    self.owned.append(OwnedSlice(name_rows, part.columns, offset - owner * self.piece, decay))
+                    group = self.specs[number].group
+                    self.owned.append(OwnedSlice(name_rows, part.columns, offset - owner * self.piece, group))
                 first, last = part.first_row + rows.first, part.first_row + rows.last
                 runs = self.runs[number]
                 joined = bool(runs) and runs[-1].last == first
@@ -127,18 +128,21 @@ class Bucket:
 
     def describe(self) -> str:
         """The layout as text: equal on every member of the replica group, or their buffers do not match."""
-        parts = " ".join(f"{p.name}:{p.first_row}:{p.last_row}:{p.columns}" for s in self.specs for p in s.parts)
+        parts = " ".join(
+            f"{p.name}:{p.first_row}:{p.last_row}:{p.columns}:{s.group}" for s in self.specs for p in s.parts
+        )
         return f"{self.name} {self.dtype} {self.gradients.dtype} {self.replicas} {self.piece} {parts}"
 
-    def decay_runs(self) -> list[tuple[int, int, bool]]:
-        """Owned elements [first, last) of the piece with or without weight decay, neighbours merged."""
-        runs: list[tuple[int, int, bool]] = []
+    def group_runs(self, settings: Callable[[str], Settings]) -> list[tuple[int, int, Settings]]:
+        """Owned elements [first, last) of the piece with the settings of their group, neighbours with equal ones
+        merged."""
+        runs: list[tuple[int, int, Settings]] = []
         for owned in self.owned:
-            last = owned.offset + owned.elements
-            if runs and runs[-1][2] == owned.decay:
-                runs[-1] = (runs[-1][0], last, owned.decay)
+            last, found = owned.offset + owned.elements, settings(owned.group)
+            if runs and runs[-1][2] == found:
+                runs[-1] = (runs[-1][0], last, found)
             else:
-                runs.append((owned.offset, last, owned.decay))
+                runs.append((owned.offset, last, found))
         return runs
 
     # ---- one step's gradients

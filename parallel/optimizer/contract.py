@@ -41,7 +41,7 @@ class ParameterSpec:
     parts: its canonical tensors in row order. replicas: global ranks holding the same parts, sorted. bucket: name of
     the gradient bucket (`layers.3.dense`, `layers.3.experts`); the parameters of one bucket share `replicas`.
     uses: weight-gradient contributions per chunk by (direction) of the pipeline, e.g. {0: 1} or {0: 1, 1: 1}.
-    decay: takes weight decay.
+    group: its settings of learning rate and weight decay (`parallel.optimizer.config.GROUPS`).
     """
 
     parameter: nn.Parameter
@@ -49,7 +49,7 @@ class ParameterSpec:
     replicas: tuple[int, ...]
     bucket: str
     uses: dict[int, int]
-    decay: bool
+    group: str
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Zero1:
                 if part.name in self._shapes:
                     raise ValueError(f"canonical tensor {part.name} appears twice on rank {rank}")
                 self._shapes[part.name] = part.shape
+            config.groups.of(spec.group)
             if list(spec.replicas) != sorted(set(spec.replicas)) or rank not in spec.replicas:
                 raise ValueError(f"{label(spec)}: replicas {spec.replicas} must be sorted and hold rank {rank}")
             members.setdefault((spec.bucket, spec.replicas, str(spec.parameter.dtype)), []).append(spec)
@@ -161,17 +162,19 @@ class Zero1:
 
     def _update(self, bucket: Bucket, learning_rate: float, coefficient: float) -> None:
         config = self.config
-        for first, last, decay in bucket.decay_runs():
+        for first, last, group in bucket.group_runs(config.groups.of):
+            if group.learning_rate_factor == 0.0:
+                continue
             adamw(
                 bucket.master[first:last],
                 bucket.exp_avg[first:last],
                 bucket.exp_avg_sq[first:last],
                 bucket.reduced[first:last],
-                learning_rate,
+                learning_rate * group.learning_rate_factor,
                 config.beta1,
                 config.beta2,
                 config.eps,
-                config.weight_decay if decay else 0.0,
+                config.weight_decay * group.weight_decay_factor,
                 self.updates,
                 coefficient,
             )

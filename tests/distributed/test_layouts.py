@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from data.contract import IGNORE, MicroBatch, StepCounts
 from model.config import ModelConfig
 from model.initialize import initialize
-from model.names import canonical_tensors, decays
+from model.names import canonical_tensors, is_norm
 from model.rope import Rotary
 from model.router import update_bias
 from model.transformer import Transformer, loss
@@ -112,8 +112,8 @@ def oracle() -> list[Step]:
     initialize(model, config, seed=3)
     named = dict(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named.items() if decays(n)], "weight_decay": FLOAT64.weight_decay},
-        {"params": [p for n, p in named.items() if not decays(n)], "weight_decay": 0.0},
+        {"params": [p for n, p in named.items() if not is_norm(n)], "weight_decay": FLOAT64.weight_decay},
+        {"params": [p for n, p in named.items() if is_norm(n)], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=RATE, betas=(FLOAT64.beta1, FLOAT64.beta2), eps=FLOAT64.eps)
     found = []

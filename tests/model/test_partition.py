@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from model.names import canonical_shapes, is_norm, is_router_bias
+from model.names import canonical_shapes, is_router_bias
 from model.ops import Ops
 from model.partition import RankModel, stage_layout
 from parallel.config import ParallelConfig
@@ -205,11 +205,16 @@ def test_uses_of_tied_embeddings() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_decay_and_biases(tied: bool) -> None:
+def test_groups_written_out(tied: bool) -> None:
     (model,) = world("one", tied=tied)
-    assert any(part.name == "embed" and spec.decay for spec in model.specs() for part in spec.parts)
-    for spec in model.specs():
-        assert all(spec.decay != is_norm(part.name) for part in spec.parts)
+    groups = {part.name: spec.group for spec in model.specs() for part in spec.parts}
+    assert groups["embed"] == "embedding" and groups.get("head") == (None if tied else "head")
+    assert groups["norm"] == groups["mtp.0.hidden_norm"] == groups["layers.1.attention.kv_norm"] == "norms"
+    assert groups["layers.1.router.weight"] == groups["mtp.0.layer.router.weight"] == "router"
+    assert groups["layers.1.experts.7.down"] == groups["mtp.0.layer.experts.0.gate_up"] == "experts"
+    for name in ("layers.0.mlp.down", "layers.1.shared.gate_up", "layers.1.attention.kv_b", "mtp.0.proj"):
+        assert groups[name] == "matrices"
+    assert set(groups) == {name for name in canonical_shapes(model.config) if not is_router_bias(name)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -108,14 +108,14 @@ def loading(rank: int, world_size: int, directory: Path) -> dict:
         if "experts" not in name:
             part = Part(name, 0, shape[0], torch.zeros(shape)[0].numel(), shape)
             parameter = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
-            specs.append(ParameterSpec(parameter, (part,), everyone, "dense", {0: 1}, True))
+            specs.append(ParameterSpec(parameter, (part,), everyone, "dense", {0: 1}, "matrices"))
     for kind, shape in (("up", (200, 16)), ("down", (16, 200))):
         parts = tuple(
             Part(f"layers.10.experts.{e}.{kind}.weight", i * shape[0], (i + 1) * shape[0], shape[1], shape)
             for i, e in enumerate(experts)
         )
         parameter = nn.Parameter(torch.zeros((len(experts), *shape), dtype=torch.bfloat16))
-        specs.append(ParameterSpec(parameter, parts, (rank,), "experts", {0: 1}, True))
+        specs.append(ParameterSpec(parameter, parts, (rank,), "experts", {0: 1}, "experts"))
     optimizer = Zero1(specs, OptimizerConfig(), groups, rank)
     checkpoint = find_latest(directory).checkpoint
     assert checkpoint is not None

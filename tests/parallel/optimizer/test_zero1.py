@@ -126,7 +126,9 @@ def swapped(rank: int, groups) -> str:
     """Two equal-sized parameters, listed under each other's bucket on two of the ranks."""
     names = ["a", "b"] if rank < 2 else ["b", "a"]
     specs = [
-        ParameterSpec(nn.Parameter(torch.zeros(4, 4)), (Part(n, 0, 4, 4, (4, 4)),), toy.WORLD, f"b{i}", {0: 1}, True)
+        ParameterSpec(
+            nn.Parameter(torch.zeros(4, 4)), (Part(n, 0, 4, 4, (4, 4)),), toy.WORLD, f"b{i}", {0: 1}, "matrices"
+        )
         for i, n in enumerate(names)
     ]
     try:
@@ -203,7 +205,7 @@ def test_replicas_that_list_equal_sizes_in_another_order_are_refused(results):
 
 def single(**changes) -> tuple[nn.Parameter, Zero1]:
     parameter = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
-    spec = ParameterSpec(parameter, (Part("w", 0, 3, 2, (3, 2)),), (0,), "b", {0: 1}, True)
+    spec = ParameterSpec(parameter, (Part("w", 0, 3, 2, (3, 2)),), (0,), "b", {0: 1}, "matrices")
     optimizer = Zero1([spec], OptimizerConfig(**{**toy.FLOAT64, **changes}), {}, 0)
     optimizer.initialize(lambda name, first, last: torch.ones(last - first, 2, dtype=torch.float64))
     return parameter, optimizer
@@ -243,7 +245,7 @@ def test_state_of_another_dtype_is_refused_not_cast():
 
 def test_specs_that_contradict_each_other_are_refused():
     def make(parts, replicas=(0,)):
-        return ParameterSpec(nn.Parameter(torch.zeros(3, 2)), parts, replicas, "b", {0: 1}, True)
+        return ParameterSpec(nn.Parameter(torch.zeros(3, 2)), parts, replicas, "b", {0: 1}, "matrices")
 
     good = make((Part("w", 0, 3, 2, (3, 2)),))
     with pytest.raises(ValueError, match="w appears twice"):

@@ -19,21 +19,27 @@ WORLD = (0, 1, 2, 3)
 EXPERTS = {0: (0, 3), 1: (0, 3), 2: (1, 2), 3: (1, 2)}
 FLOAT64 = {"master_dtype": "float64", "moment_dtype": "float64", "accumulate_dtype": "float64"}
 
-# name -> (true shape, ranks that hold it, uses, decay, bucket)
-TENSORS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[int, int], bool, str]] = {
-    "embed.weight": ((200, 24), WORLD, {0: 2, 1: 1}, True, "embed"),
-    "layers.2.norm.weight": ((40,), WORLD, {0: 1, 1: 1}, False, "layers.2.dense"),
-    "layers.2.attention.weight": ((80, 24), WORLD, {0: 1, 1: 1}, True, "layers.2.dense"),
-    "layers.2.projection.weight": ((520, 8), WORLD, {0: 1, 1: 1}, True, "layers.2.dense"),
-    "layers.10.attention.weight": ((80, 24), WORLD, {0: 1, 1: 1}, True, "layers.10.dense"),
-    "layers.10.norm.weight": ((300,), WORLD, {0: 1, 1: 1}, False, "layers.10.dense"),
-    "layers.10.projection.weight": ((520, 8), WORLD, {0: 1, 1: 1}, True, "layers.10.dense"),
-    "pair.weight": ((129, 5), (1, 3), {0: 1}, True, "pair"),
-    "head.weight": ((130, 6), (3,), {1: 1}, True, "head"),
+# name -> (true shape, ranks that hold it, uses, group, bucket)
+TENSORS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[int, int], str, str]] = {
+    "embed.weight": ((200, 24), WORLD, {0: 2, 1: 1}, "embedding", "embed"),
+    "layers.2.norm.weight": ((40,), WORLD, {0: 1, 1: 1}, "norms", "layers.2.dense"),
+    "layers.2.attention.weight": ((80, 24), WORLD, {0: 1, 1: 1}, "matrices", "layers.2.dense"),
+    "layers.2.projection.weight": ((520, 8), WORLD, {0: 1, 1: 1}, "matrices", "layers.2.dense"),
+    "layers.10.attention.weight": ((80, 24), WORLD, {0: 1, 1: 1}, "matrices", "layers.10.dense"),
+    "layers.10.norm.weight": ((300,), WORLD, {0: 1, 1: 1}, "norms", "layers.10.dense"),
+    "layers.10.projection.weight": ((520, 8), WORLD, {0: 1, 1: 1}, "matrices", "layers.10.dense"),
+    "pair.weight": ((129, 5), (1, 3), {0: 1}, "matrices", "pair"),
+    "head.weight": ((130, 6), (3,), {1: 1}, "head", "head"),
 }
 for expert, ranks in EXPERTS.items():
-    TENSORS[f"layers.10.experts.{expert}.up.weight"] = ((200, 16), ranks, {0: 1, 1: 1}, True, "layers.10.experts")
-    TENSORS[f"layers.10.experts.{expert}.down.weight"] = ((16, 200), ranks, {0: 1, 1: 1}, True, "layers.10.experts")
+    TENSORS[f"layers.10.experts.{expert}.up.weight"] = ((200, 16), ranks, {0: 1, 1: 1}, "experts", "layers.10.experts")
+    TENSORS[f"layers.10.experts.{expert}.down.weight"] = (
+        (16, 200),
+        ranks,
+        {0: 1, 1: 1},
+        "experts",
+        "layers.10.experts",
+    )
 
 
 def chunks_of(rank: int) -> dict[int, int]:
@@ -68,14 +74,14 @@ def groups() -> dict[tuple[int, ...], dist.ProcessGroup | None]:
 def make_specs(rank: int, dtype: torch.dtype) -> list[ParameterSpec]:
     """Parameters as a rank holds them: experts stacked, one weight stored transposed, mirrors in reverse order."""
     specs = []
-    for name, (shape, ranks, uses, decay, bucket) in TENSORS.items():
+    for name, (shape, ranks, uses, group, bucket) in TENSORS.items():
         if rank in ranks and "experts" not in name:
             data = torch.zeros(shape, dtype=dtype)
             if name == "layers.2.attention.weight":
                 data = torch.zeros(shape[::-1], dtype=dtype).t()
             columns = data[0].numel()
             parts = (Part(name, 0, shape[0], columns, shape),)
-            specs.append(ParameterSpec(nn.Parameter(data), parts, ranks, bucket, uses, decay))
+            specs.append(ParameterSpec(nn.Parameter(data), parts, ranks, bucket, uses, group))
     mine = [e for e, ranks in EXPERTS.items() if rank in ranks]
     for kind, shape in (("up", (200, 16)), ("down", (16, 200))):
         parts = tuple(
@@ -83,7 +89,7 @@ def make_specs(rank: int, dtype: torch.dtype) -> list[ParameterSpec]:
             for i, e in enumerate(mine)
         )
         parameter = nn.Parameter(torch.zeros((len(mine), *shape), dtype=dtype))
-        specs.append(ParameterSpec(parameter, parts, EXPERTS[mine[0]], "layers.10.experts", {0: 1, 1: 1}, True))
+        specs.append(ParameterSpec(parameter, parts, EXPERTS[mine[0]], "layers.10.experts", {0: 1, 1: 1}, "experts"))
     return specs if rank in (0, 1) else specs[::-1]
 
 
@@ -117,8 +123,8 @@ class Oracle:
     def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
         self.parameters = {name: nn.Parameter(initial(name)) for name in TENSORS}
-        decay = [p for name, p in self.parameters.items() if TENSORS[name][3]]
-        plain = [p for name, p in self.parameters.items() if not TENSORS[name][3]]
+        decay = [p for name, p in self.parameters.items() if TENSORS[name][3] != "norms"]
+        plain = [p for name, p in self.parameters.items() if TENSORS[name][3] == "norms"]
         settings = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(settings, betas=(config.beta1, config.beta2), eps=config.eps)
 
