@@ -75,7 +75,7 @@ def losses(job: Job) -> Any:
         samples = step * sequences
         order = engine.sample_order(samples, sequences, sequences // 2)
         batches = {key: stream.read(chosen) for key, chosen in order.items()}
-        plan = StepPlan(stream.counts(samples, sequences), rate, 0.3, stage.balance_weight, 0.001)
+        plan = StepPlan(stream.counts(samples, sequences), rate, 0.3, stage.balance, 0.001)
         yield engine.step(batches, 2, plan).main
 
 

@@ -30,7 +30,8 @@ from torch.autograd import Function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.latent_attention import Geometry
+from model.attention_core import Geometry
+from model.balance import BalanceWeights
 from model.ops import Box, Ops
 from model.segments import ChunkContext, LayerState, SegmentedLayer
 from model.stage import Chunk, LossScales, TransformerStage
@@ -180,7 +181,7 @@ def _stage(layers: str, clock: Clock, times: Mapping[str, float], wait_for_all: 
     made: list[SegmentedLayer] = [TimedLayer(kind == "M", ops, clock, times, dispatcher) for kind in layers]
     stage = TransformerStage((0, 1), ops, made, None, False, None, 1)
     none = torch.empty(0)
-    context = ChunkContext(Geometry(1, 1, none, none, 1.0), torch.ones(1, dtype=torch.bool), 0.0)
+    context = ChunkContext(Geometry(1, 1, none, none, 1.0), torch.ones(1, dtype=torch.bool), BalanceWeights())
     stage.begin_step([Chunk(context, none, none, none, none, none)], LossScales(0.0, ()))
     return stage
 

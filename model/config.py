@@ -91,9 +91,9 @@ class ModelConfig:
         return self.has_experts and layer >= self.first_dense_layers
 
     @property
-    def moe_layers(self) -> int:
-        """Main layers with experts."""
-        return self.num_layers - self.first_dense_layers if self.has_experts else 0
+    def dense_layers(self) -> int:
+        """Main layers without experts; the rest have them."""
+        return self.first_dense_layers if self.has_experts else self.num_layers
 
 
 CHOICES = {"attention": ("mla", "gqa"), "score_function": ("sigmoid", "softmax"), "group_rule": ("max", "top2_sum")}

@@ -44,15 +44,18 @@ def _layer_parts(config: ModelConfig, moe: bool) -> dict[str, int]:
 
 
 def _active(parts: dict[str, int], config: ModelConfig) -> int:
+    routed = parts.get("routed_experts", 0)
+    if not routed:
+        return sum(parts.values())
     idle = config.num_routed_experts - config.experts_per_token
-    return sum(parts.values()) - parts.get("routed_experts", 0) // config.num_routed_experts * idle
+    return sum(parts.values()) - routed // config.num_routed_experts * idle
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Exact counts (V3: total 671,026,419,200; 671,026,404,352 without the 14,848 router biases)."""
     V, d = config.vocab_size, config.hidden_size
-    dense, moe = _layer_parts(config, False), _layer_parts(config, True)
-    dense_layers = config.first_dense_layers
+    dense, moe = _layer_parts(config, False), _layer_parts(config, config.has_experts)
+    dense_layers = config.dense_layers
     moe_layers = config.num_layers - dense_layers
     parts = {"embedding": V * d, "head": 0 if config.tie_embeddings else V * d, "norms": d}
     for name in dense.keys() | moe.keys():
@@ -80,14 +83,15 @@ def training_flops_per_token(
     not; with MTP 260.6e9 and 291.8e9.
     """
     V, d = config.vocab_size, config.hidden_size
-    moe_layers = config.num_layers - config.first_dense_layers
+    moe_layers = config.num_layers - config.dense_layers
     attention_layers = config.num_layers
-    layers = [(config.first_dense_layers, _layer_parts(config, False)), (moe_layers, _layer_parts(config, True))]
+    with_experts = _layer_parts(config, config.has_experts)
+    layers = [(config.dense_layers, _layer_parts(config, False)), (moe_layers, with_experts)]
     flops = {"head": 6.0 * V * d}
     if mtp:
         flops["head"] += 6.0 * V * d * config.mtp_depth
         flops["mtp_projection"] = 6.0 * 2 * d * d * config.mtp_depth
-        layers.append((config.mtp_depth, _layer_parts(config, True)))
+        layers.append((config.mtp_depth, with_experts))
         attention_layers += config.mtp_depth
     for number, parts in layers:
         for name, size in parts.items():
@@ -97,7 +101,7 @@ def training_flops_per_token(
                 size = size // config.num_routed_experts * config.experts_per_token
             key = "attention_projections" if name == "attention" else name
             flops[key] = flops.get(key, 0.0) + 6.0 * number * size
-    scores = 6.0 * attention_layers * config.num_heads * (config.qk_head_dim + config.v_head_dim) * length
+    scores = 6.0 * attention_layers * config.num_heads * (config.qk_head_dim + config.value_head_dim) * length
     flops["attention_scores"] = scores / 2 if causal else scores
     return flops | {"total": sum(flops.values())}
 
@@ -115,7 +119,7 @@ class PartFlops:
 
     def layers(self, config: ModelConfig) -> list[float]:
         """Of each main layer in order."""
-        dense = config.first_dense_layers
+        dense = config.dense_layers
         return [self.dense_layer] * dense + [self.moe_layer] * (config.num_layers - dense)
 
     def output(self, config: ModelConfig) -> float:
@@ -125,16 +129,22 @@ class PartFlops:
 
 def part_flops(config: ModelConfig, length: int, causal: bool = True) -> PartFlops:
     """`training_flops_per_token` by where it is computed, with MTP: the parts of a layout add up to its total."""
-    scores = 6.0 * config.num_heads * (config.qk_head_dim + config.v_head_dim) * length
+    scores = 6.0 * config.num_heads * (config.qk_head_dim + config.value_head_dim) * length
 
     def layer(moe: bool) -> float:
         parts = _layer_parts(config, moe)
         return 6.0 * (_active(parts, config) - parts["norms"] - parts.get("router_biases", 0)) + scores / (1 + causal)
 
     head, projection = 6.0 * config.vocab_size * config.hidden_size, 12.0 * config.hidden_size**2
-    return PartFlops(layer(False), layer(True), 0.0, head, projection + layer(True) + head)
+    return PartFlops(layer(False), layer(config.has_experts), 0.0, head, projection + layer(config.has_experts) + head)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that decoding keeps per token: latent and rotary key of every main layer (V3 in BF16: 70,272)."""
-    return (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_layers * bytes_per_value
+    """Bytes that decoding keeps per token, of every main layer: latent and rotary key (V3 in BF16: 70,272), or the keys
+    and values of all key-value heads.
+    """
+    if config.attention == "gqa":
+        values = 2 * config.num_key_value_heads * config.head_dim
+    else:
+        values = config.kv_lora_rank + config.qk_rope_head_dim
+    return values * config.num_layers * bytes_per_value

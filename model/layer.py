@@ -8,21 +8,23 @@ import torch
 from torch import nn
 
 from model.attention import Attention
+from model.balance import balance_losses
 from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import Experts
+from model.grouped_query import GroupedQueryAttention
 from model.mlp import MLP
 from model.norm import rms_norm
-from model.router import Router, expert_load, sequence_balance_loss
+from model.router import Router, expert_load
 
 
 @dataclass(frozen=True)
 class MoEStatistics:
-    """balance_B: the sequence-wise balance loss of each sequence, without alpha, differentiable. load_E: real tokens
-    per expert, int64.
+    """balance: each balance loss of each sequence [B], without its weight, differentiable. load_E: real tokens per
+    expert, int64.
     """
 
-    balance_B: torch.Tensor
+    balance: dict[str, torch.Tensor]
     load_E: torch.Tensor
 
 
@@ -46,7 +48,11 @@ class TransformerLayer(nn.Module):
         self.moe = moe
         d = config.hidden_size
         self.attn_norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
-        self.attention = Attention(config, dtype, device)
+        self.attention: Attention | GroupedQueryAttention
+        if config.attention == "gqa":
+            self.attention = GroupedQueryAttention(config, dtype, device)
+        else:
+            self.attention = Attention(config, dtype, device)
         self.mlp_norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
         if moe:
             self.router = Router(config, dtype, device)
@@ -76,7 +82,7 @@ class TransformerLayer(nn.Module):
             normed_BTd.flatten(0, 1), routing.index_TK.flatten(0, 1), routing.weight_TK.flatten(0, 1)
         )
         statistics = MoEStatistics(
-            sequence_balance_loss(routing.score_TE, self.config, real_BT),
+            balance_losses(routing.score_TE, routing.index_TK, self.config, real_BT),
             expert_load(routing.index_TK, self.config.num_routed_experts, real_BT),
         )
         return x_BTd + self.shared(normed_BTd) + routed_Td.view_as(x_BTd), statistics

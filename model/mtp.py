@@ -13,7 +13,7 @@ from model.norm import rms_norm
 
 
 class MultiTokenPrediction(nn.Module):
-    """One depth: embed_norm, hidden_norm [d], proj [d, 2d], layer (one MoE layer), norm [d].
+    """One depth: embed_norm, hidden_norm [d], proj [d, 2d], layer (MoE, or dense in a dense model), norm [d].
 
     Equation 21 with the embedding first, as the released `eh_proj` is consumed. Embedding and head are the main
     model's and are not here. The state that enters depth 1 is the main model's *after* its final norm, and each depth
@@ -33,7 +33,7 @@ class MultiTokenPrediction(nn.Module):
         self.embed_norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
         self.hidden_norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
         self.proj = nn.Parameter(torch.empty(d, 2 * d, dtype=dtype, device=device))
-        self.layer = TransformerLayer(config, moe=True, experts=experts, dtype=dtype, device=device)
+        self.layer = TransformerLayer(config, config.has_experts, experts, dtype, device)
         self.norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
 
     def join(self, hidden_BTd: torch.Tensor, embedded_BTd: torch.Tensor) -> torch.Tensor:
@@ -51,10 +51,9 @@ class MultiTokenPrediction(nn.Module):
         softmax_scale: float,
         real_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
-    ) -> tuple[torch.Tensor, MoEStatistics]:
+    ) -> tuple[torch.Tensor, MoEStatistics | None]:
         """State of the depth before (normed) and embeddings of the tokens k ahead -> this depth's state (normed)."""
         x_BTd, statistics = self.layer(
             self.join(hidden_BTd, embedded_BTd), cos_TP, sin_TP, softmax_scale, real_BT, cache
         )
-        assert statistics is not None
         return rms_norm(x_BTd, self.norm, self.config.rms_norm_eps), statistics

@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs, plain or YaRN exactly as DeepSeek's code has it (V3 section 4.3).
+"""Rotary position embedding, plain or YaRN exactly as DeepSeek's code has it (V3 section 4.3).
 
 Shape letters: T positions, R rotary dimensions, P pairs (R / 2).
 """
@@ -65,7 +65,7 @@ class Rotary:
         if length < 1:
             raise ValueError(f"rope: sequence length must be at least 1, found {length}")
         scaling = config.rope_scaling
-        dimensions = config.qk_rope_head_dim
+        dimensions = config.rotary_dim
         self.length = length
         self.yarn = length > scaling.original_length
         self.softmax_scale = config.qk_head_dim**-0.5
@@ -91,12 +91,16 @@ class Rotary:
         return (angle_TP.cos() * self.magnitude).to(precision), (angle_TP.sin() * self.magnitude).to(precision)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs (x0, x1), (x2, x3), ... of the last dimension; the result keeps that order and x's dtype.
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = True) -> torch.Tensor:
+    """Rotate adjacent pairs (x0, x1), (x2, x3), ... of the last dimension, or (not interleaved) each dimension of the
+    first half with its like in the second; the result keeps the order and x's dtype.
 
-    cos and sin broadcast against x[..., 0::2]. The inverse rotation is `apply_rope(x, cos, -sin)` when their
-    magnitude is 1.
+    cos and sin broadcast against half of x's last dimension. The inverse rotation is `apply_rope(x, cos, -sin)` when
+    their magnitude is 1.
     """
     wide = x.to(promoted(x.dtype))
+    if not interleaved:
+        first, second = wide.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     even, odd = wide[..., 0::2], wide[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -1,6 +1,6 @@
-"""The MoE router: sigmoid scores, group-limited selection with a bias that only selects, balance loss, bias update.
+"""The MoE router: scores, group-limited selection with a bias that only selects, weights, bias update.
 
-Shape letters: T tokens (any leading dimensions), B sequences, d hidden, E experts, K experts per token, G groups.
+Shape letters: T tokens (any leading dimensions), d hidden, E experts, K experts per token, G groups.
 """
 
 from __future__ import annotations
@@ -30,16 +30,24 @@ def top_k_lowest_first(value: torch.Tensor, k: int) -> torch.Tensor:
     return value.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
-def select_experts(score_TE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Expert ids [..., K]: the best `groups_per_token` groups by the sum of their two best biased scores, then the best
-    biased scores within them (DeepSeek's Gate; the paper's section 2.1.2 ranks by unbiased ones). The other groups
-    are masked with -inf: masked with 0, negative biases would let them in.
+def affinities(logits_TE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Scores [..., E] of router logits: sigmoid (V3 eq. 15) or softmax over experts (V2 eq. 22)."""
+    return logits_TE.sigmoid() if config.score_function == "sigmoid" else logits_TE.softmax(-1)
+
+
+def select_experts(score_TE: torch.Tensor, bias_E: torch.Tensor | None, config: ModelConfig) -> torch.Tensor:
+    """Expert ids [..., K]: the best `groups_per_token` groups, then the best (biased) scores within them.
+
+    A group ranks by its best score (V2 section 2.2.2) or by the sum of its two best biased ones (DeepSeek's Gate; the
+    V3 paper's section 2.1.2 takes unbiased ones). The other groups are masked with -inf: masked with 0, negative
+    biases would let them in.
     """
-    biased_TE = score_TE.detach() + bias_E
+    biased_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
     groups = config.num_expert_groups
     if groups > 1:
         biased_TGe = biased_TE.unflatten(-1, (groups, -1))
-        rank_TG = biased_TGe.topk(min(2, biased_TGe.shape[-1]), dim=-1).values.sum(-1)
+        best = biased_TGe.topk(1 if config.group_rule == "max" else 2, dim=-1).values
+        rank_TG = best.sum(-1)
         kept = top_k_lowest_first(rank_TG, config.groups_per_token)
         dropped_TG = torch.ones_like(rank_TG, dtype=torch.bool).scatter(-1, kept, False)
         biased_TE = biased_TGe.masked_fill(dropped_TG[..., None], float("-inf")).flatten(-2)
@@ -47,30 +55,13 @@ def select_experts(score_TE: torch.Tensor, bias_E: torch.Tensor, config: ModelCo
 
 
 def expert_weights(score_TE: torch.Tensor, index_TK: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Unbiased scores of the chosen experts, renormalised, times `routed_scaling_factor` (V3 eq. 13 and its code)."""
-    chosen_TK = score_TE.gather(-1, index_TK)
-    return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
-
-
-def sequence_balance_loss(
-    score_BTE: torch.Tensor, config: ModelConfig, real_BT: torch.Tensor | None = None
-) -> torch.Tensor:
-    """sum_i f_i P_i of each sequence, [B], without alpha (V3 eq. 17-20).
-
-    f counts the *unbiased* top-K of every token and is a constant; P averages the scores normalised over experts. T
-    is the sequence's number of real tokens; a sequence without any gives 0.
+    """Unbiased scores of the chosen experts, renormalised or not, times `routed_scaling_factor` (V3 eq. 13 and its
+    code; V2 eq. 21).
     """
-    E, K = config.num_routed_experts, config.experts_per_token
-    if real_BT is None:
-        real_BT = torch.ones(score_BTE.shape[:-1], dtype=torch.bool, device=score_BTE.device)
-    real_BT1 = real_BT[..., None].to(score_BTE.dtype)
-    tokens_B1 = real_BT1.sum(1).clamp(min=1)
-    index_BTK = top_k_lowest_first(score_BTE.detach(), K)
-    chosen_BTE = torch.zeros_like(score_BTE, requires_grad=False).scatter(-1, index_BTK, 1.0)
-    f_BE = (chosen_BTE * real_BT1).sum(1) * (E / K) / tokens_B1
-    normalised_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
-    P_BE = (normalised_BTE * real_BT1).sum(1) / tokens_B1
-    return (f_BE * P_BE).sum(-1)
+    chosen_TK = score_TE.gather(-1, index_TK)
+    if config.renormalise:
+        chosen_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20)
+    return chosen_TK * config.routed_scaling_factor
 
 
 def expert_load(index_TK: torch.Tensor, experts: int, real_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,9 +83,11 @@ def update_bias(bias_E: torch.Tensor, load_E: torch.Tensor, gamma: float) -> Non
 
 
 class Router(nn.Module):
-    """weight [E, d] and the selection bias [E] (a buffer in promoted precision; not trained by gradients)."""
+    """weight [E, d] and, where the model has it, the selection bias [E] (a buffer in promoted precision; not trained by
+    gradients).
+    """
 
-    bias: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -103,11 +96,12 @@ class Router(nn.Module):
         self.config = config
         experts = config.num_routed_experts
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, dtype=dtype, device=device))
-        self.register_buffer("bias", torch.zeros(experts, dtype=promoted(dtype), device=device))
+        bias = torch.zeros(experts, dtype=promoted(dtype), device=device) if config.router_bias else None
+        self.register_buffer("bias", bias)
 
     def forward(self, x_Td: torch.Tensor) -> Routing:
-        """Routing of [..., d] tokens; logits, sigmoid and weights in promoted precision."""
+        """Routing of [..., d] tokens; logits, scores and weights in promoted precision."""
         precision = promoted(x_Td.dtype)
-        score_TE = F.linear(x_Td.to(precision), self.weight.to(precision)).sigmoid()
+        score_TE = affinities(F.linear(x_Td.to(precision), self.weight.to(precision)), self.config)
         index_TK = select_experts(score_TE, self.bias, self.config)
         return Routing(index_TK, expert_weights(score_TE, index_TK, self.config), score_TE)

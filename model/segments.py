@@ -15,11 +15,15 @@ from typing import Any, TypeVar
 import torch
 
 from kernels.quantize import Quantized
-from model.latent_attention import Geometry, LatentAttention, latent_attention
+from model.attention import Attention
+from model.attention_core import AttentionCore, Geometry, attend
+from model.balance import BalanceWeights, weighted_balance
+from model.grouped_query import GroupedQueryCore
+from model.latent_attention import LatentAttention
 from model.layer import TransformerLayer
 from model.ops import Box, Ops, stand_in
 from model.recompute import Cell
-from model.router import expert_load, expert_weights, select_experts, sequence_balance_loss
+from model.router import affinities, expert_load, expert_weights, select_experts
 from parallel.device import Event
 from parallel.expert.all_to_all import Received
 from parallel.expert.contract import Dispatcher, Pending
@@ -33,11 +37,11 @@ Handed = TypeVar("Handed")
 
 @dataclass
 class ChunkContext:
-    """What every layer needs of a chunk. real_N: False on padding. balance_scale: alpha / sequences of the step."""
+    """What every layer needs of a chunk. real_N: False on padding. balance: weights over the sequences of the step."""
 
     geometry: Geometry
     real_N: torch.Tensor
-    balance_scale: float
+    balance: BalanceWeights
 
 
 @dataclass
@@ -87,18 +91,19 @@ class SegmentedLayer:
         m = layer.attention
         normed, again = ops.rmsnorm(x, layer.attn_norm)
         given = ops.recomputed(normed, again)
-        first = ("q_a", m.q_a) if self.config.q_lora_rank else ("q", m.q)
-        q_latent = ops.linear(normed, first[1], given, f"{name}.{first[0]}")
-        kv_latent = ops.linear(normed, m.kv_a, given, f"{name}.kv_a")
-        core = LatentAttention(m, ops, context.geometry, name)
-        out, kept = latent_attention(q_latent, kv_latent, core)
+        core: AttentionCore
+        if isinstance(m, Attention):
+            core = LatentAttention(m, ops, context.geometry, name)
+        else:
+            core = GroupedQueryCore(m, ops, context.geometry, name)
+        out, kept = attend(core, *core.project(normed, given))
         h = x + ops.linear(out, m.o, ops.attention_output(kept, out), f"{name}.o")
         n, state.again = ops.rmsnorm(h, layer.mlp_norm)
         if not layer.moe:
             return h, n
         high = torch.promote_types(ops.dtype, torch.float32)
         logits = ops.high_linear(n, layer.router.weight, state.again, f"{self.name}.router", high)
-        scores_NE = logits.sigmoid()
+        scores_NE = affinities(logits, self.config)
         index_NK = select_experts(scores_NE, layer.router.bias, self.config)
         state.expert_index_NK = index_NK
         assert self.load_E is not None
@@ -107,8 +112,13 @@ class SegmentedLayer:
             self.load_E += expert_load(index_NK, self.config.num_routed_experts, context.real_N)
         g = context.geometry
         shape = (g.sequences, g.length)
-        balance_B = sequence_balance_loss(scores_NE.unflatten(0, shape), self.config, context.real_N.view(shape))
-        balance = balance_B.sum() * context.balance_scale
+        balance = weighted_balance(
+            scores_NE.unflatten(0, shape),
+            index_NK.unflatten(0, shape),
+            self.config,
+            context.real_N.view(shape),
+            context.balance,
+        )
         return h, n, expert_weights(scores_NE, index_NK, self.config), balance
 
     def _mlp(self, n: torch.Tensor, state: LayerState) -> tuple[torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.balance import BalanceWeights
 from model.cache import Cache
 from model.config import ModelConfig
 from model.layer import MoEStatistics, TransformerLayer
@@ -34,10 +35,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Losses:
-    """total = main + mtp_weight / D * sum(mtp) + balance_weight * balance; each term already divided by its own
-    denominator.
+    """total = main + mtp_weight / D * sum(mtp) + balance; each term already divided by its own denominator.
 
-    balance: sum over MoE layers (MTP's included) of the mean over sequences.
+    balance: sum over kinds and MoE layers (MTP's included) of weight times the mean over sequences.
     """
 
     total: torch.Tensor
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         V, d = config.vocab_size, config.hidden_size
         self.embed = nn.Parameter(torch.empty(V, d, dtype=dtype, device=device))
         self.layers = nn.ModuleList(
-            TransformerLayer(config, moe=layer >= config.first_dense_layers, dtype=dtype, device=device)
+            TransformerLayer(config, moe=config.is_moe(layer), dtype=dtype, device=device)
             for layer in range(config.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(d, dtype=dtype, device=device))
@@ -70,6 +70,31 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(config, dtype=dtype, device=device) for _ in range(config.mtp_depth)
         )
+
+    def states(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        rotary: Rotary,
+        real_BT: torch.Tensor | None = None,
+        caches: list[Cache] | None = None,
+        first_position: int = 0,
+    ) -> tuple[torch.Tensor, dict[str, MoEStatistics]]:
+        """The states [B, T, d] that the head and the first MTP depth read, normed, and the main layers' statistics."""
+        positions_T = torch.arange(first_position, first_position + tokens_BT.shape[1], device=tokens_BT.device)
+        cos_TP, sin_TP = rotary.tables(positions_T, self.embed.dtype)
+        moe: dict[str, MoEStatistics] = {}
+        x_BTd = F.embedding(tokens_BT, self.embed)
+        for i, layer in enumerate(self.layers):
+            cache = caches[i] if caches is not None else None
+            x_BTd, statistics = layer(x_BTd, cos_TP, sin_TP, rotary.softmax_scale, real_BT, cache)
+            if statistics is not None:
+                moe[f"layers.{i}"] = statistics
+        return rms_norm(x_BTd, self.norm, self.config.rms_norm_eps), moe
+
+    def logits(self, hidden_BTd: torch.Tensor) -> torch.Tensor:
+        """[..., V] of normed states, the main model's or an MTP depth's: they share the head."""
+        return F.linear(hidden_BTd, self.embed if self.head is None else self.head)
 
     def forward(
         self,
@@ -86,25 +111,20 @@ class Transformer(nn.Module):
         real_BT: False on padding, which then counts in no statistic. caches: one per layer, for decoding from
         `first_position` on. MTP layers take the same `real_BT` as the main ones.
         """
-        positions_T = torch.arange(first_position, first_position + tokens_BT.shape[1], device=tokens_BT.device)
-        cos_TP, sin_TP = rotary.tables(positions_T, self.embed.dtype)
-        moe: dict[str, MoEStatistics] = {}
-        x_BTd = F.embedding(tokens_BT, self.embed)
-        for i, layer in enumerate(self.layers):
-            cache = caches[i] if caches is not None else None
-            x_BTd, statistics = layer(x_BTd, cos_TP, sin_TP, rotary.softmax_scale, real_BT, cache)
-            if statistics is not None:
-                moe[f"layers.{i}"] = statistics
-        hidden_BTd = rms_norm(x_BTd, self.norm, self.config.rms_norm_eps)
-        head = self.embed if self.head is None else self.head
-        logits_BTV = F.linear(hidden_BTd, head)
+        hidden_BTd, moe = self.states(
+            tokens_BT, rotary=rotary, real_BT=real_BT, caches=caches, first_position=first_position
+        )
+        logits_BTV = self.logits(hidden_BTd)
         mtp_logits: list[torch.Tensor] = []
         if mtp_tokens_DBT is not None:
+            positions_T = torch.arange(first_position, first_position + tokens_BT.shape[1], device=tokens_BT.device)
+            cos_TP, sin_TP = rotary.tables(positions_T, self.embed.dtype)
             for k, depth in enumerate(self.mtp):
                 embedded_BTd = F.embedding(mtp_tokens_DBT[k], self.embed)
                 hidden_BTd, statistics = depth(hidden_BTd, embedded_BTd, cos_TP, sin_TP, rotary.softmax_scale, real_BT)
-                moe[f"mtp.{k}.layer"] = statistics
-                mtp_logits.append(F.linear(hidden_BTd, head))
+                if statistics is not None:
+                    moe[f"mtp.{k}.layer"] = statistics
+                mtp_logits.append(self.logits(hidden_BTd))
         return Output(logits_BTV, mtp_logits, moe)
 
 
@@ -123,13 +143,13 @@ def loss(
     mtp_counts: tuple[int, ...] = (),
     sequences: int,
     mtp_weight: float,
-    balance_weight: float,
+    balance_weights: BalanceWeights,
 ) -> Losses:
     """The training loss of one micro-batch's share of a step (V3 eq. 17, 24, 25), each term over the *step's*
     denominator.
 
     main_count, mtp_counts: labels that count in the whole step, per depth for MTP; sequences: sequences of the whole
-    step. mtp_weight: lambda; balance_weight: alpha. A term whose denominator is 0 has no labels and is 0.
+    step. mtp_weight: lambda. A term whose denominator is 0 has no labels and is 0.
     """
     main = cross_entropy_sum(output.logits_BTV, labels_BT) / max(main_count, 1)
     mtp: tuple[torch.Tensor, ...] = ()
@@ -144,5 +164,6 @@ def loss(
         total = total + mtp_weight / len(mtp) * torch.stack(mtp).sum()
     balance = torch.zeros_like(main)
     for statistics in output.moe.values():
-        balance = balance + statistics.balance_B.sum() / max(sequences, 1)
-    return Losses(total + balance_weight * balance, main, mtp, balance)
+        for kind, weight in vars(balance_weights.over(sequences)).items():
+            balance = balance + weight * statistics.balance[kind].sum()
+    return Losses(total + balance, main, mtp, balance)

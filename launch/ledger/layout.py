@@ -35,6 +35,6 @@ def stage_contents(config: ModelConfig, layout: Layout) -> list[Contents]:
     """The stages of a layout, in order."""
     found = []
     for stage, (first, last) in zip(layout, edges(layout), strict=True):
-        dense = max(0, min(last, config.first_dense_layers) - first)
+        dense = max(0, min(last, config.dense_layers) - first)
         found.append(Contents(first, last, dense, last - first - dense, stage.mtp, stage.embedding, stage.output))
     return found

@@ -101,7 +101,7 @@ def rank_buckets(
     for stage in sorted(held[rank]):
         at, copies = contents[stage], replicas({stage})
         for i in range(at.first, at.last):
-            moe = i >= config.first_dense_layers
+            moe = config.is_moe(i)
             found += _layer_buckets(config, f"layers.{i}", moe, expert, copies * expert, copies)
         if at.head:
             output: list[tuple[str, Shape]] = [("norm", (d,))]
@@ -110,7 +110,7 @@ def rank_buckets(
         for k in range(at.mtp):
             join: list[tuple[str, Shape]] = [(f"mtp.{k}.embed_norm", (d,)), (f"mtp.{k}.hidden_norm", (d,))]
             join += [(f"mtp.{k}.proj", (d, 2 * d)), (f"mtp.{k}.norm", (d,))]
-            layer = _layer_buckets(config, f"mtp.{k}.layer", True, expert, copies * expert, copies)
+            layer = _layer_buckets(config, f"mtp.{k}.layer", config.has_experts, expert, copies * expert, copies)
             dense = Bucket(f"mtp.{k}.dense", (*layer[0].tensors, *join), copies * expert)
             found += [dense, Bucket(f"mtp.{k}.experts", layer[1].tensors, copies)]
     if held[rank] & embeds:

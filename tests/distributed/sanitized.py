@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data.contract import IGNORE, MicroBatch, StepCounts
+from model.balance import BalanceWeights
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
 from parallel.pipeline.executor import Executor
@@ -79,7 +80,7 @@ def batches_of(engine: Engine, micro_batches: int) -> tuple[dict[tuple[int, int]
     counted = int((labels != IGNORE).sum())
     counts = StepCounts(counted, (counted,) * depths, sequences, int(real.sum()))
     order = engine.sample_order(0, sequences, micro_batch=1)
-    plan = StepPlan(counts, 1e-3, mtp_weight=0.3, balance_weight=0.05, bias_update=0.01)
+    plan = StepPlan(counts, 1e-3, mtp_weight=0.3, balance=BalanceWeights(sequence=0.05), bias_update=0.01)
     return {key: rows(samples) for key, samples in order.items()}, plan
 
 

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.contract import IGNORE, MicroBatch, StepCounts
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from model.initialize import initialize
 from model.names import canonical_tensors, is_norm
@@ -74,7 +75,7 @@ def rows(batch: MicroBatch, index: list[int]) -> MicroBatch:
 def step_plan(batch: MicroBatch) -> StepPlan:
     mtp = tuple(int((labels != IGNORE).sum()) for labels in batch.mtp_labels)
     counts = StepCounts(int((batch.labels != IGNORE).sum()), mtp, SEQUENCES, int(batch.real.sum()))
-    return StepPlan(counts, RATE, mtp_weight=0.3, balance_weight=0.05, bias_update=0.01)
+    return StepPlan(counts, RATE, mtp_weight=0.3, balance=BalanceWeights(sequence=0.05), bias_update=0.01)
 
 
 @dataclass
@@ -135,7 +136,7 @@ def oracle() -> list[Step]:
             mtp_counts=plan.counts.mtp,
             sequences=SEQUENCES,
             mtp_weight=plan.mtp_weight,
-            balance_weight=plan.balance_weight,
+            balance_weights=plan.balance,
         )
         adam.zero_grad()
         losses.total.backward()

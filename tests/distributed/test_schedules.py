@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from data.contract import IGNORE, MicroBatch, StepCounts
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from model.initialize import initialize
 from model.names import canonical_tensors
@@ -242,7 +243,7 @@ def oracle(mtp: int, tied: bool, count: int) -> Expected:
             mtp_counts=plan.counts.mtp,
             sequences=count,
             mtp_weight=MTP_WEIGHT,
-            balance_weight=BALANCE,
+            balance_weights=BalanceWeights(sequence=BALANCE),
         )
         losses.total.backward()
         main, total = main + losses.main.item(), total + losses.total.item()

@@ -21,9 +21,10 @@ from launch.ledger.layout import Contents, stage_contents
 from launch.ledger.load import Load, ranks_per_token
 from launch.ledger.state import held_state, in_fp8, rank_buckets
 from launch.ledger.timeline import QUEUED, walk
+from model.attention_core import Geometry
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from model.count import count_parameters
-from model.latent_attention import Geometry
 from model.layer import TransformerLayer
 from model.mtp import MultiTokenPrediction
 from model.ops import Ops
@@ -127,7 +128,9 @@ def build(config: ModelConfig, contents: Contents, fp8: bool) -> TransformerStag
     rotary = Rotary(config, LENGTH)
     cos, sin = rotary.tables(torch.arange(LENGTH), torch.bfloat16)
     context = ChunkContext(
-        Geometry(SEQUENCES, LENGTH, cos, sin, rotary.softmax_scale), torch.ones(tokens, dtype=torch.bool), 1e-4
+        Geometry(SEQUENCES, LENGTH, cos, sin, rotary.softmax_scale),
+        torch.ones(tokens, dtype=torch.bool),
+        BalanceWeights(sequence=1e-4),
     )
     ids = torch.randint(V, (2 + 2 * contents.mtp, tokens))
     depths_ids = ids[2:].view(2, contents.mtp, tokens)
@@ -324,7 +327,7 @@ def test_the_document_holds_what_the_command_prints(tmp_path: Path, capsys: pyte
         (V3[1:], "model missing"),
         ([*V3, "model=v3"], "given twice"),
         ([*V3, "colour=red"], "must be KEY=VALUE"),
-        (["model=v9", *V3[1:]], "unknown; allowed: demo, tiny, v3"),
+        (["model=v9", *V3[1:]], "unknown; allowed: demo, demo_llm, demo_v2, llm_67b"),
         ([*V3[:3], "ranks=2000", V3[4]], "multiple of pipeline x expert = 1024"),
         ([*V3[:4], "micro_batches=25"], "must be an even number"),
         ([*V3, "caches=int4"], "allowed: fp8, bf16"),

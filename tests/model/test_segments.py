@@ -14,8 +14,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kernels import norm
+from model.attention_core import Geometry
+from model.balance import BalanceWeights
 from model.initialize import initialize
-from model.latent_attention import Geometry
 from model.layer import TransformerLayer
 from model.ops import Ops
 from model.recompute import Cell
@@ -87,7 +88,7 @@ def setting(moe: bool, padding: bool = False, favourite: int | None = None, **ch
         real[0, 4:] = False
         real[1, 1] = False
     geometry = Geometry(SEQUENCES, LENGTH, cos, sin, rotary.softmax_scale)
-    context = ChunkContext(geometry, real.flatten(), BALANCE_SCALE)
+    context = ChunkContext(geometry, real.flatten(), BalanceWeights(sequence=BALANCE_SCALE))
     segmented = SegmentedLayer(layer, "layers.1", ops, dispatcher)
     shape = SEQUENCES, LENGTH, config.hidden_size
     return Setting(layer, segmented, context, draw(*shape), draw(*shape), sink)
@@ -141,7 +142,7 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
     plain, statistics = s.layer(x, g.cos_TP, g.sin_TP, g.softmax_scale, real_BT)
     loss = (plain * s.dy_BTd).sum()
     if statistics is not None:
-        loss = loss + BALANCE_SCALE * statistics.balance_B.sum()
+        loss = loss + BALANCE_SCALE * statistics.balance["sequence"].sum()
     loss.backward()
 
     close(out, plain.detach().flatten(0, 1), "output")
@@ -155,7 +156,9 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
     # One expert per token has weight 1 whatever its score, and the scores still enter the balance loss.
     assert zero == []
     if statistics is not None:
-        assert s.segmented.balance == pytest.approx(BALANCE_SCALE * statistics.balance_B.sum().item(), rel=1e-12)
+        assert s.segmented.balance == pytest.approx(
+            BALANCE_SCALE * statistics.balance["sequence"].sum().item(), rel=1e-12
+        )
         assert torch.equal(s.segmented.load_E, statistics.load_E)
 
 

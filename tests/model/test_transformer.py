@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from model.balance import BalanceWeights
 from model.layer import TransformerLayer
 from model.names import canonical_tensors
 from model.rope import Rotary
@@ -15,7 +16,7 @@ from model.transformer import IGNORE, Transformer, loss
 from tests.model.models import model_config, random_model, random_tokens
 
 CONFIG = model_config("tiny", mtp_depth=2)
-WEIGHTS = {"mtp_weight": 0.3, "balance_weight": 0.01}
+WEIGHTS = {"mtp_weight": 0.3, "balance_weights": BalanceWeights(sequence=0.01)}
 
 
 def batch(sequences: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,10 +49,10 @@ def test_loss_term_by_term() -> None:
     main = nll(output.logits_BTV, labels) / 100
     depths = [nll(output.mtp_logits[0], mtp_labels[0]) / 90, nll(output.mtp_logits[1], mtp_labels[1]) / 80]
     assert sorted(output.moe) == ["layers.1", "layers.2", "layers.3", "layers.4", "mtp.0.layer", "mtp.1.layer"]
-    balance = sum(statistics.balance_B.sum().item() for statistics in output.moe.values()) / 6
+    balance = sum(statistics.balance["sequence"].sum().item() for statistics in output.moe.values()) / 6
     assert losses.main.item() == pytest.approx(main, rel=1e-12)
     assert [value.item() for value in losses.mtp] == pytest.approx(depths, rel=1e-12)
-    assert losses.balance.item() == pytest.approx(balance, rel=1e-12)
+    assert losses.balance.item() == pytest.approx(0.01 * balance, rel=1e-12)
     assert losses.total.item() == pytest.approx(main + 0.3 / 2 * sum(depths) + 0.01 * balance, rel=1e-12)
 
 
@@ -85,7 +86,7 @@ def test_padding_counts_in_no_statistic_and_changes_no_real_position() -> None:
         assert statistics.load_E.sum() == 26 * CONFIG.experts_per_token
         if name.startswith("layers"):
             assert torch.equal(statistics.load_E, second.moe[name].load_E)
-            torch.testing.assert_close(statistics.balance_B, second.moe[name].balance_B, rtol=1e-12, atol=0)
+            torch.testing.assert_close(statistics.balance, second.moe[name].balance, rtol=1e-12, atol=0)
 
 
 def test_no_position_sees_the_future() -> None:
