@@ -69,6 +69,16 @@ def canonical_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
+def moe_layers(config: ModelConfig) -> dict[int, str]:
+    """Number -> canonical prefix of every layer with experts; MTP layers are numbered on from the main model's, as in
+    the released weights.
+    """
+    if not config.has_experts:
+        return {}
+    main = {i: f"layers.{i}" for i in range(config.num_layers) if config.is_moe(i)}
+    return main | {config.num_layers + k: f"mtp.{k}.layer" for k in range(config.mtp_depth)}
+
+
 def is_router_bias(name: str) -> bool:
     """True for the selection biases: state of the run, but neither trained by gradients nor held by the optimizer."""
     return name.endswith("router.bias")

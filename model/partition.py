@@ -71,7 +71,7 @@ class RankModel(nn.Module):
         self.config, self.topology, self.table, self.dtype = config, topology, table, dtype
         check(layout, table.stages, config.num_layers, config.mtp_depth)
         self.layout, self.split = layout, edges(layout)
-        if config.num_routed_experts % topology.expert:
+        if config.num_routed_experts % topology.expert or (not config.has_experts and topology.expert > 1):
             raise ValueError(
                 f"parallel.expert: {topology.expert} does not divide the model's {config.num_routed_experts} experts"
             )
@@ -89,7 +89,7 @@ class RankModel(nn.Module):
         self.norm = parameter("norm" in mine, d)
         self.layers = nn.ModuleDict(
             {
-                str(i): TransformerLayer(config, i >= config.first_dense_layers, experts, dtype, device="meta")
+                str(i): TransformerLayer(config, config.is_moe(i), experts, dtype, device="meta")
                 for i in range(config.num_layers)
                 if f"layers.{i}" in mine
             }
@@ -185,11 +185,11 @@ class RankModel(nn.Module):
         return found
 
     def router_biases(self) -> dict[str, torch.Tensor]:
-        """Canonical name -> the bias buffer, for every MoE layer of this rank."""
+        """Canonical name -> the bias buffer, for every MoE layer of this rank (none in a model without biases)."""
         return {
             f"{segmented.name}.router.bias": segmented.layer.router.bias
             for segmented in self.segmented.values()
-            if segmented.layer.moe
+            if segmented.layer.moe and segmented.layer.router.bias is not None
         }
 
     # Stages -----------------------------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ def problems_of(config: RunConfig) -> list[str]:
         return found
     if p.order not in ORDERS:
         found.append(f"parallel.order: found '{p.order}', allowed {', '.join(ORDERS)}")
-    if m.num_routed_experts % p.expert:
-        found.append(f"parallel.expert: found {p.expert}, allowed divisors of {m.num_routed_experts} experts")
+    if m.num_routed_experts % p.expert or (not m.has_experts and p.expert > 1):
+        allowed = f"divisors of {m.num_routed_experts} experts" if m.has_experts else "1 (the model has no experts)"
+        found.append(f"parallel.expert: found {p.expert}, allowed {allowed}")
     if p.stages_per_rank < 0:
         found.append(f"parallel.stages_per_rank: found {p.stages_per_rank}, allowed 0 or more")
     if any(step < 1 for step in config.logging.trace_steps):
@@ -67,10 +68,13 @@ def problems_of(config: RunConfig) -> list[str]:
             found.append(f"optimizer.{key}: found '{value}', allowed {', '.join(DTYPES)}")
     if config.optimizer.master_dtype == "bfloat16":
         found.append("optimizer.master_dtype: found 'bfloat16', allowed float32, float64")
-    if m.v_head_dim > m.qk_head_dim:
+    if m.value_head_dim > m.qk_head_dim:
         found.append(f"model.v_head_dim: found {m.v_head_dim}, allowed at most the query's {m.qk_head_dim}")
-    if m.first_dense_layers >= m.num_layers and not m.mtp_depth:
-        found.append(f"model.first_dense_layers: found {m.first_dense_layers}, at least one layer must have experts")
+    if m.has_experts and m.first_dense_layers >= m.num_layers and not m.mtp_depth:
+        found.append(
+            f"model.first_dense_layers: found {m.first_dense_layers}, at least one layer must have experts "
+            "(a dense model has num_routed_experts 0)"
+        )
     for key in ("eps", "weight_decay", "clip"):
         if not 0 <= getattr(config.optimizer, key) < math.inf:
             found.append(f"optimizer.{key}: found {getattr(config.optimizer, key)}, allowed 0 or more")
@@ -108,17 +112,21 @@ def problems_of(config: RunConfig) -> list[str]:
 
 def _fp8_problems(m: ModelConfig) -> list[str]:
     """Each side of every linear layer that runs in FP8 is the reduced one of one of its three products."""
-    widths = {
-        "hidden_size": m.hidden_size,
-        "q_lora_rank": m.q_lora_rank,
-        "kv_lora_rank": m.kv_lora_rank,
-        "kv_lora_rank + qk_rope_head_dim": m.kv_lora_rank + m.qk_rope_head_dim,
-        "num_heads x (qk_nope_head_dim + qk_rope_head_dim)": m.num_heads * m.qk_head_dim,
-        "num_heads x (qk_nope_head_dim + v_head_dim)": m.num_heads * (m.qk_nope_head_dim + m.v_head_dim),
-        "num_heads x v_head_dim": m.num_heads * m.v_head_dim,
-        "intermediate_size": m.intermediate_size,
-        "moe_intermediate_size": m.moe_intermediate_size,
-    }
+    widths = {"hidden_size": m.hidden_size, "intermediate_size": m.intermediate_size}
+    if m.has_experts:
+        widths["moe_intermediate_size"] = m.moe_intermediate_size
+    if m.attention == "gqa":
+        widths["num_heads x head_dim"] = m.num_heads * m.head_dim
+        widths["num_key_value_heads x head_dim"] = m.num_key_value_heads * m.head_dim
+    else:
+        widths |= {
+            "q_lora_rank": m.q_lora_rank,
+            "kv_lora_rank": m.kv_lora_rank,
+            "kv_lora_rank + qk_rope_head_dim": m.kv_lora_rank + m.qk_rope_head_dim,
+            "num_heads x (qk_nope_head_dim + qk_rope_head_dim)": m.num_heads * m.qk_head_dim,
+            "num_heads x (qk_nope_head_dim + v_head_dim)": m.num_heads * (m.qk_nope_head_dim + m.v_head_dim),
+            "num_heads x v_head_dim": m.num_heads * m.v_head_dim,
+        }
     return [
         f"model.{name}: found {width}, precision.fp8 allows multiples of {WIDTH_MULTIPLE}"
         for name, width in widths.items()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
@@ -46,7 +47,7 @@ class StageConfig:
 
     tokens: real tokens the stage trains on. sequences: sequences per step, by tokens. micro_batch: sequences of a
     micro-batch. learning_rate; mtp_weight (lambda); bias_update (gamma of the router bias): by tokens.
-    balance_weight: alpha of the sequence-wise balance loss.
+    balance: weights of the balance losses.
     """
 
     name: str = MISSING
@@ -57,7 +58,7 @@ class StageConfig:
     learning_rate: list[Ramp] = field(default_factory=list)
     mtp_weight: list[StepValue] = field(default_factory=list)
     bias_update: list[StepValue] = field(default_factory=list)
-    balance_weight: float = 0.0001
+    balance: BalanceWeights = field(default_factory=lambda: BalanceWeights(sequence=0.0001))
 
 
 @dataclass

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from data.contract import MicroBatch, StepCounts
+from model.attention_core import Geometry
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from model.initialize import initial_rows
-from model.latent_attention import Geometry
-from model.names import canonical_shapes
+from model.names import canonical_shapes, moe_layers
 from model.ops import Ops
 from model.partition import RankModel, stage_layout
 from model.rope import Rotary
@@ -45,7 +46,7 @@ class StepPlan:
     counts: StepCounts
     learning_rate: float
     mtp_weight: float
-    balance_weight: float
+    balance: BalanceWeights
     bias_update: float
 
 
@@ -110,10 +111,7 @@ class Engine:
         self.store = WeightGradStore(self.optimizer)
         self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps)
         self.stages = self.model.build_stages(self.ops, self.dispatcher)
-        self.moe_layers = [
-            *(f"layers.{i}" for i in range(model.first_dense_layers, model.num_layers)),
-            *(f"mtp.{k}.layer" for k in range(model.mtp_depth)),
-        ]
+        self.moe_layers = list(moe_layers(model).values())
         self._rotaries: dict[int, Rotary] = {}
 
     def record(self, recorder: Recorder | None) -> None:
@@ -150,14 +148,14 @@ class Engine:
                 found[direction, chunk] = list(range(first + at, first + at + micro_batch))
         return found
 
-    def _chunk(self, batch: MicroBatch, balance_scale: float) -> Chunk:
+    def _chunk(self, batch: MicroBatch, balance: BalanceWeights) -> Chunk:
         sequences, length = batch.tokens.shape
         if length not in self._rotaries:
             self._rotaries[length] = Rotary(self.config, length)
         rotary = self._rotaries[length]
         cos, sin = rotary.tables(torch.arange(length), self.dtype)
         geometry = Geometry(sequences, length, cos, sin, rotary.softmax_scale)
-        context = ChunkContext(geometry, torch.from_numpy(batch.real).flatten(), balance_scale)
+        context = ChunkContext(geometry, torch.from_numpy(batch.real).flatten(), balance)
         depths = self.config.mtp_depth
         return Chunk(
             context,
@@ -175,7 +173,7 @@ class Engine:
         depths = self.config.mtp_depth
         mtp = tuple(plan.mtp_weight / (depths * max(c, 1)) for c in plan.counts.mtp[:depths])
         scales = LossScales(1.0 / max(plan.counts.main, 1), mtp)
-        per_direction = self._begin(batches, micro_batches, scales, plan.balance_weight / max(plan.counts.sequences, 1))
+        per_direction = self._begin(batches, micro_batches, scales, plan.balance.over(plan.counts.sequences))
         self.optimizer.begin_step({d: per_direction for d, _ in self.stages})
         executor = self._executor(micro_batches, training=True)
         executor.run()
@@ -194,16 +192,20 @@ class Engine:
     ) -> Evaluation:
         """Forward only: no gradient, no router load, no change of any state."""
         scales = LossScales(1.0, (1.0,) * self.config.mtp_depth)
-        self._begin(batches, micro_batches, scales, 0.0)
+        self._begin(batches, micro_batches, scales, BalanceWeights())
         self._executor(micro_batches, training=False).run()
         main, mtp, _, source_sums = self._reduce_losses(counts)
         return Evaluation(main, mtp, source_sums)
 
     def _begin(
-        self, batches: dict[tuple[int, int], MicroBatch], micro_batches: int, scales: LossScales, balance_scale: float
+        self,
+        batches: dict[tuple[int, int], MicroBatch],
+        micro_batches: int,
+        scales: LossScales,
+        balance: BalanceWeights,
     ) -> int:
         """Hand every stage its micro-batches; returns how many there are in each direction."""
-        chunks = {key: self._chunk(batch, balance_scale) for key, batch in batches.items()}
+        chunks = {key: self._chunk(batch, balance) for key, batch in batches.items()}
         per_direction = micro_batches // self.table(micro_batches).directions
         for (direction, _), stage in self.stages.items():
             stage.begin_step([chunks[direction, c] for c in range(per_direction)], scales)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
 from model.groups import group_table
+from model.names import moe_layers
 from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
@@ -60,9 +61,7 @@ class Trainer:
             rank,
             len(self.sources),
         )
-        moe = range(config.model.first_dense_layers, config.model.num_layers + config.model.mtp_depth)
-        # MTP layers are numbered on from the main model's, as in the released weights.
-        self._layers = tuple(moe)
+        self._layers = tuple(moe_layers(config.model))
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
         self.state = RunState()
         self._announced: set[int] = set()
@@ -208,7 +207,7 @@ class Trainer:
             counts,
             ramp_value(stage.learning_rate, tokens),
             step_value(stage.mtp_weight, tokens),
-            stage.balance_weight,
+            stage.balance,
             step_value(stage.bias_update, tokens),
         )
         order = self.engine.sample_order(state.sample, sequences, stage.micro_batch)
@@ -247,8 +246,7 @@ class Trainer:
     ) -> None:
         if self.rank != 0:
             return
-        state, load_LE = self.state, result.load_LE.double().numpy()
-        vio_L = load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-9) - 1
+        state = self.state
         values: dict[str, Any] = {
             "train/loss": result.main,
             "train/loss_total": result.total,
@@ -262,17 +260,20 @@ class Trainer:
             "perf/step_seconds": seconds,
             "perf/tokens_per_s": counts.tokens / seconds,
             "perf/data_wait_s": waited,
-            "moe/max_vio": float(vio_L.mean()),
-            "moe/max_vio_worst_layer": float(vio_L.max()),
-            "moe/dead_experts": float((load_LE == 0).sum()),
         }
+        if self._layers:
+            load_LE = result.load_LE.double().numpy()
+            vio_L = load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-9) - 1
+            values["moe/max_vio"] = float(vio_L.mean())
+            values["moe/max_vio_worst_layer"] = float(vio_L.max())
+            values["moe/dead_experts"] = float((load_LE == 0).sum())
         for k, value in enumerate(result.mtp):
             values["train/loss_mtp" if k == 0 else f"train/loss_mtp_{k + 1}"] = value
         for name, total in zip(self.sources, result.source_sums, strict=True):
             if counts.sources.get(name):
                 values[f"train/loss/{name}"] = total / counts.sources[name]
         self.metrics.log(state.step, state.tokens, values)
-        self.metrics.expert_load(state.step, dict(zip(self._layers, load_LE.astype(int).tolist(), strict=True)))
+        self.metrics.expert_load(state.step, dict(zip(self._layers, result.load_LE.tolist(), strict=True)))
         self._status("running")
 
     def _announce(self, micro_batches: int) -> None:
