@@ -1,0 +1,43 @@
+"""`python -m model COMMAND KEY=VALUE ...`. Every command's last line is one JSON object.
+
+    check folder=DIR                                             a Hugging Face folder: all its problems, or what it is
+    convert from=DIR to=DIR dtype=bfloat16|float32|float64|fp8   its weights in another precision
+
+Exit codes: docs/exit-codes.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from model import check, convert
+from model.errors import ModelError
+
+# A command takes its KEY=VALUE arguments, prints, and raises ModelError kinds for what a user can mend.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "check": check.run,
+    "convert": convert.run,
+}
+EXIT_USAGE = 64
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if set(arguments) & {"-h", "--help", "help"}:
+        print(__doc__)
+        return 0
+    command, *rest = arguments or [""]
+    if command not in COMMANDS:
+        print(f"python -m model: {command!r}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        COMMANDS[command](rest)
+    except ModelError as error:
+        print(f"python -m model {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
