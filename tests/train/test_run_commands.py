@@ -12,6 +12,8 @@ import torch
 
 from data.config import TokenizerConfig
 from data.tokenizer import tokenizer_json, train_tokenizer
+from model.huggingface import export_model
+from model.initialize import initial_tensor
 from train import evaluate, export, generate
 from train.compose import compose_run, config_json, config_yaml
 from train.config import RunConfig
@@ -23,6 +25,7 @@ from train.state import RunState
 
 def small_config(root: Path) -> RunConfig:
     overrides = ["experiment=demo", "model=tiny", "model.vocab_size=384", f"root={root}"]
+    overrides += [f"data.directory={root}/data"]
     overrides += ["precision.fp8=false", "precision.compute=float32"]
     return compose_run([*overrides, "parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"])
 
@@ -132,6 +135,46 @@ def test_generate_continues_a_prompt_of_either_language(
         assert last["prompt"] == prompt and isinstance(last["continuation"], str)
     assert generate.main([str(folder), "--prompt", "long " * 200]) == 64
     assert capsys.readouterr().err.startswith("bireme: generate: prompt has")
+
+
+def test_speculative_and_plain_greedy_text_are_the_same(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def lines(*options: str) -> list[str]:
+        capsys.readouterr()
+        arguments = [str(run), "--prompt", "In the beginning", "--tokens", "8", "--temperature", "0", *options]
+        assert generate.main(arguments) == 0
+        return capsys.readouterr().out.splitlines()
+
+    data = Path(small_config(run.parent).data.directory)
+    assert data.is_relative_to(run.parent)
+    tokenizer = train_tokenizer(["In the beginning"] * 20, TokenizerConfig(vocab_size=300))
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
+    plain, naive, speculative = (
+        lines(*options) for options in ((), ("--form", "naive"), ("--speculative", "--depths", "1"))
+    )
+    assert plain[0] == naive[0] == speculative[0]
+    found, costs = (json.loads(text[-1]) for text in (speculative, plain))
+    assert costs["main_forwards"] == costs["tokens"] and "acceptance_rate" not in costs
+    assert found["main_forwards"] + sum(found["accepted"]) >= found["tokens"]
+    assert found["acceptance_rate"] == sum(found["accepted"]) / sum(found["drafted"])
+    assert f"{found['acceptance_rate']:.1%} of drafts accepted" in speculative[1]
+
+
+def test_speculation_that_cannot_be_is_refused(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = replace(small_config(tmp_path).model, mtp_depth=0)
+    folder = tmp_path / "export"
+    export_model(folder, config, lambda name: initial_tensor(name, config, 0), length=128)
+    tokenizer = train_tokenizer(["In the beginning"] * 20, TokenizerConfig(vocab_size=300))
+    (folder / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
+    assert generate.main([str(folder), "--prompt", "In", "--speculative"]) == 64
+    assert capsys.readouterr().err == (
+        "bireme: generate: speculative decoding drafts with MTP depths, and this model has none\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(folder), "--prompt", "In", "--depths", "1"])
+    assert stopped.value.code == 64
 
 
 @pytest.mark.parametrize("command", [evaluate, export, generate], ids=lambda module: module.__name__)
