@@ -28,7 +28,10 @@ from parallel.pipeline.contract import Program
 from parallel.pipeline.store import Bag, WeightGradStore
 from tests.model.models import model_config
 
-SEQUENCES, LENGTH, BALANCE_SCALE = 2, 6, 0.7
+SEQUENCES, LENGTH = 2, 6
+BALANCE = BalanceWeights(sequence=0.7, expert=0.3, device=0.5, communication=0.2)
+GQA = {"attention": "gqa", "num_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "rope_interleaved": False}
+SOFTMAX = {"score_function": "softmax", "group_rule": "max", "renormalise": False, "router_bias": False}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {"moe": False},
     "dense, queries not compressed": {"moe": False, "q_lora_rank": 0},
@@ -36,6 +39,17 @@ CASES: dict[str, dict[str, Any]] = {
     "moe, padding": {"moe": True, "padding": True},
     "moe, queries not compressed": {"moe": True, "q_lora_rank": 0},
     "moe, two shared experts": {"moe": True, "num_shared_experts": 2},
+    "moe, softmax over devices (V2)": {"moe": True, **SOFTMAX},
+    "moe, grouped queries, softmax (DeepSeekMoE)": {
+        "moe": True,
+        **GQA,
+        **SOFTMAX,
+        "num_expert_groups": 1,
+        "groups_per_token": 1,
+    },
+    "dense, grouped queries (LLM)": {"moe": False, **GQA},
+    "dense, multi-head, adjacent pairs": {"moe": False, **GQA, "num_key_value_heads": 6, "rope_interleaved": True},
+    "dense, latent, rotary halves": {"moe": False, "rope_interleaved": False},
     "moe, all tokens to one expert": {"moe": True, "experts_per_token": 1, "favourite": 5},
 }
 
@@ -61,7 +75,7 @@ class Setting:
     sink: Sink
 
 
-def setting(moe: bool, padding: bool = False, favourite: int | None = None, **changes: int) -> Setting:
+def setting(moe: bool, padding: bool = False, favourite: int | None = None, **changes: Any) -> Setting:
     config = model_config("tiny", **changes)
     layer = TransformerLayer(config, moe, dtype=torch.float64)
     initialize(layer, config, seed=5, prefix="layers.1." if moe else "layers.0.")
@@ -75,7 +89,8 @@ def setting(moe: bool, padding: bool = False, favourite: int | None = None, **ch
             if name.endswith("norm"):
                 value.add_(0.2 * draw(*value.shape))
         if moe:
-            layer.router.bias.copy_(0.3 * draw(config.num_routed_experts))
+            if config.router_bias:
+                layer.router.bias.copy_(0.3 * draw(config.num_routed_experts))
             if favourite is not None:
                 layer.router.bias[favourite] = 100.0
     sink = Sink()
@@ -88,7 +103,7 @@ def setting(moe: bool, padding: bool = False, favourite: int | None = None, **ch
         real[0, 4:] = False
         real[1, 1] = False
     geometry = Geometry(SEQUENCES, LENGTH, cos, sin, rotary.softmax_scale)
-    context = ChunkContext(geometry, real.flatten(), BalanceWeights(sequence=BALANCE_SCALE))
+    context = ChunkContext(geometry, real.flatten(), BALANCE)
     segmented = SegmentedLayer(layer, "layers.1", ops, dispatcher)
     shape = SEQUENCES, LENGTH, config.hidden_size
     return Setting(layer, segmented, context, draw(*shape), draw(*shape), sink)
@@ -142,7 +157,8 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
     plain, statistics = s.layer(x, g.cos_TP, g.sin_TP, g.softmax_scale, real_BT)
     loss = (plain * s.dy_BTd).sum()
     if statistics is not None:
-        loss = loss + BALANCE_SCALE * statistics.balance["sequence"].sum()
+        balance = sum(vars(BALANCE)[kind] * loss_B.sum() for kind, loss_B in statistics.balance.items())
+        loss = loss + balance
     loss.backward()
 
     close(out, plain.detach().flatten(0, 1), "output")
@@ -156,9 +172,7 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
     # One expert per token has weight 1 whatever its score, and the scores still enter the balance loss.
     assert zero == []
     if statistics is not None:
-        assert s.segmented.balance == pytest.approx(
-            BALANCE_SCALE * statistics.balance["sequence"].sum().item(), rel=1e-12
-        )
+        assert s.segmented.balance == pytest.approx(balance.item(), rel=1e-12)
         assert torch.equal(s.segmented.load_E, statistics.load_E)
 
 

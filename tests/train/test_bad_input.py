@@ -73,7 +73,7 @@ def tree(folder: Path) -> set[Path]:
         (["experiment=demo", "+stages.0.tokns=1"], ["'stages.*.tokns'", "did you mean 'stages.*.tokens'"]),
         (["experimnt=demo"], ["'experimnt'", "did you mean 'experiment'"]),
         (["experiment=dmo"], ["experiment=dmo", "did you mean 'demo'", "allowed: demo"]),
-        (["model=gpt"], ["model=gpt", "allowed: demo, tiny, v3"]),
+        (["model=gpt"], ["model=gpt", "allowed: demo, demo_llm, demo_v2"]),
         (["seed=many"], ["seed", "'many'", "Integer"]),
         (["seed"], ["'seed'"]),
         ([], ["stages: none given"]),

@@ -32,7 +32,7 @@ def test_every_experiment_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_composes_and_wins_over_the_experiments(name: str) -> None:
-    config = compose_run(["experiment=demo", f"model={name}", "precision.fp8=false"])
+    config = compose_run(["experiment=demo", f"model={name}", "precision.fp8=false", "parallel.expert=1"])
     assert config.model.name == name
     assert (
         OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
