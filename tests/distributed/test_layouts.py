@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from data.contract import IGNORE, MicroBatch, StepCounts
 from model.balance import BalanceWeights
-from model.config import ModelConfig
 from model.initialize import initialize
 from model.names import canonical_tensors, is_norm
 from model.rope import Rotary
@@ -21,6 +19,7 @@ from model.transformer import Transformer, loss
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
 from tests.distributed_helper import run_distributed
+from tests.model.models import model_config
 from train.engine import Engine, StepPlan
 
 STEPS, SEQUENCES, LENGTH, RATE = 5, 8, 12, 3e-3
@@ -38,10 +37,20 @@ LAYOUTS = {
 }
 
 
-def tiny() -> ModelConfig:
-    path = Path(__file__).parents[2] / "conf/model/tiny.yaml"
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path))
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+BALANCE = BalanceWeights(sequence=0.05, expert=0.03, device=0.04, communication=0.02)
+GQA = {"attention": "gqa", "num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_interleaved": False}
+SOFTMAX = {"score_function": "softmax", "group_rule": "max", "renormalise": False, "router_bias": False}
+FAMILIES: dict[str, tuple[dict[str, Any], ParallelConfig]] = {
+    "v2": (SOFTMAX, ParallelConfig(pipeline=2, expert=2, schedule="dualpipe")),
+    "moe": (
+        {**GQA, **SOFTMAX, "num_expert_groups": 1, "groups_per_token": 1, "mtp_depth": 0},
+        ParallelConfig(pipeline=2, expert=2),
+    ),
+    "llm with MTP": (
+        {**GQA, "num_routed_experts": 0, "router_bias": False},
+        ParallelConfig(pipeline=2, data=2, schedule="dualpipe"),
+    ),
+}
 
 
 def step_batch(step: int, vocabulary: int, depths: int) -> MicroBatch:
@@ -75,7 +84,7 @@ def rows(batch: MicroBatch, index: list[int]) -> MicroBatch:
 def step_plan(batch: MicroBatch) -> StepPlan:
     mtp = tuple(int((labels != IGNORE).sum()) for labels in batch.mtp_labels)
     counts = StepCounts(int((batch.labels != IGNORE).sum()), mtp, SEQUENCES, int(batch.real.sum()))
-    return StepPlan(counts, RATE, mtp_weight=0.3, balance=BalanceWeights(sequence=0.05), bias_update=0.01)
+    return StepPlan(counts, RATE, mtp_weight=0.3, balance=BALANCE, bias_update=0.01)
 
 
 @dataclass
@@ -89,8 +98,14 @@ class Step:
     gradients: dict[tuple[str, int, int], torch.Tensor]
 
 
-def run_layout(rank: int, world_size: int, parallel: ParallelConfig, dtype: torch.dtype = torch.float64) -> list[Step]:
-    config = tiny()
+def run_layout(
+    rank: int,
+    world_size: int,
+    parallel: ParallelConfig,
+    dtype: torch.dtype = torch.float64,
+    changes: dict[str, Any] | None = None,
+) -> list[Step]:
+    config = model_config("tiny", **(changes or {}))
     engine = Engine(config, parallel, FLOAT64, dtype, False, rank, sources=2)
     engine.initialize(seed=3)
     found = []
@@ -106,9 +121,13 @@ def run_layout(rank: int, world_size: int, parallel: ParallelConfig, dtype: torc
     return found
 
 
-def oracle() -> list[Step]:
+def run_families(rank: int, world_size: int) -> list[list[Step]]:
+    return [run_layout(rank, world_size, p, changes=changes) for changes, p in FAMILIES.values()]
+
+
+def oracle(changes: dict[str, Any] | None = None) -> list[Step]:
     """Plain autograd over all sequences at once, torch's AdamW and clipping."""
-    config = tiny()
+    config = model_config("tiny", **(changes or {}))
     model = Transformer(config, torch.float64)
     initialize(model, config, seed=3)
     named = dict(model.named_parameters())
@@ -124,7 +143,7 @@ def oracle() -> list[Step]:
         real = torch.from_numpy(batch.real)
         output = model(
             torch.from_numpy(batch.tokens),
-            torch.from_numpy(batch.mtp_tokens),
+            torch.from_numpy(batch.mtp_tokens) if config.mtp_depth else None,
             rotary=Rotary(config, LENGTH),
             real_BT=real,
         )
@@ -147,7 +166,7 @@ def oracle() -> list[Step]:
             if parameter.grad is not None:
                 parameter.grad.mul_(min(1.0, FLOAT64.clip / norm.item()))
         adam.step()
-        for name, statistics in output.moe.items():
+        for name, statistics in output.moe.items() if config.router_bias else ():
             update_bias(model.get_submodule(name).router.bias, statistics.load_E, plan.bias_update)
         load = [statistics.load_E.tolist() for statistics in output.moe.values()]
         gradients = {(name, 0, 0): grad for name, grad in grads.items()}
@@ -203,3 +222,11 @@ def test_layout_equals_one_process(name: str, expected: list[Step]) -> None:
     worst = compare(name, ranks, expected)
     print(f"{name}: worst gradient difference {worst:.1e}")
     assert worst <= 1e-10
+
+
+def test_every_family_equals_one_process() -> None:
+    ranks = run_distributed(run_families, 4, timeout=180)
+    for i, (name, (changes, _)) in enumerate(FAMILIES.items()):
+        worst = compare(name, [steps[i] for steps in ranks], oracle(changes))
+        print(f"{name}: worst gradient difference {worst:.1e}")
+        assert worst <= 1e-10

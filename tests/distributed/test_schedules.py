@@ -36,7 +36,7 @@ from train.engine import Engine, Evaluation, StepPlan
 LENGTHS = (12, 7, 16, 9, 1, 14, 10, 5)
 FLOAT64 = OptimizerConfig(master_dtype="float64", moment_dtype="float64", accumulate_dtype="float64")
 FLOAT32 = OptimizerConfig(master_dtype="float32", moment_dtype="float32", accumulate_dtype="float32")
-SEED, MTP_WEIGHT, BALANCE = 3, 0.3, 0.05
+SEED, MTP_WEIGHT, BALANCE = 3, 0.3, BalanceWeights(sequence=0.05, expert=0.03, device=0.04, communication=0.02)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def oracle(mtp: int, tied: bool, count: int) -> Expected:
             mtp_counts=plan.counts.mtp,
             sequences=count,
             mtp_weight=MTP_WEIGHT,
-            balance_weights=BalanceWeights(sequence=BALANCE),
+            balance_weights=BALANCE,
         )
         losses.total.backward()
         main, total = main + losses.main.item(), total + losses.total.item()
