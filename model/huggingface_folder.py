@@ -10,7 +10,6 @@ import torch
 from kernels.tiles import TILE
 from model.errors import CheckpointError
 from model.huggingface_files import FolderFiles, read_files, read_json
-from model.norm import promoted
 from model.released import SCALE_SUFFIX, Entry, is_copy, released_entries
 from model.released_config import model_config
 from model.released_fp8 import from_blocks
@@ -146,8 +145,8 @@ class ReleasedFolder:
         return self._entries[name]
 
     def _dtype(self, entry: Entry) -> torch.dtype:
-        dtype = DTYPES[self._spans[entry.name].dtype]
-        return promoted(dtype) if dtype.itemsize == 1 else dtype
+        name = self._spans[entry.name].dtype
+        return torch.float32 if name == FP8_NAME else DTYPES[name]
 
     def _rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
         span = self._spans[entry.name]

@@ -95,12 +95,17 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """A run. root/name is its directory: made of names, never of the clock."""
+    """A run. root/name is its directory: made of names, never of the clock.
+
+    initial_weights: a Hugging Face folder of exactly this model, which the first stage starts from; empty: fresh values
+    by `seed`. A run that resumes does not look at it.
+    """
 
     name: str = MISSING
     root: str = "runs"
     seed: int = 1234
     resume: str = "auto"
+    initial_weights: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -133,6 +134,15 @@ class Engine:
         std = self.config.init_std
         self.optimizer.initialize(lambda name, first, last: initial_rows(name, shapes[name], std, seed, first, last))
         self.ops.new_step()
+
+    def load_weights(self, rows: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Weights and router biases from `rows(canonical name, first row, last row)`: what this rank owns, and the
+        biases of its layers. The optimizer starts afresh."""
+        columns = {name: prod(shape[1:]) for name, shape in self.optimizer.shapes().items()}
+        self.optimizer.initialize(
+            lambda name, first, last: rows(name, first, last).reshape(last - first, columns[name])
+        )
+        self.load_biases(lambda name: rows(name, 0, self.config.num_routed_experts))
 
     # Samples ----------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from train.compose import config_digest, config_json
 from train.config import RunConfig, StageConfig
 from train.engine import Engine, StepPlan, StepResult
 from train.errors import PREEMPTED, CannotWriteError, ConfigError, NumericError
+from train.initial_weights import InitialWeights
 from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
 from train.run_checkpoints import RunCheckpoints, restore
 from train.rundir import RunDirectory
@@ -119,12 +120,21 @@ class Trainer:
         for path in later:
             print(f"bireme: warning: {path} is of a later step than this run starts from; set aside", file=sys.stderr)
         if latest is None:
-            self.engine.initialize(self.config.seed)
+            self._initialize()
             self.state.tracker_id = str(gather_json(new_tracker_id())[0])
             return
         restore(latest, self.engine, self.config.optimizer)
         self.state = RunState.from_json(latest.state["run"])
         self.engine.optimizer.updates = self.state.updates
+
+    def _initialize(self) -> None:
+        """Fresh values, or those of the folder that the run starts from: refused before any is read."""
+        if not self.config.initial_weights:
+            self.engine.initialize(self.config.seed)
+            return
+        weights = together(lambda: InitialWeights(Path(self.config.initial_weights), self.config.model))
+        together(lambda: weights.check_copies() if self.rank == 0 else None)
+        self.engine.load_weights(weights.rows)
 
     def _set_aside(self, step: int) -> list[Path]:
         return self.checkpoints.rewind(step) if self.rank == 0 else []
@@ -163,11 +173,11 @@ class Trainer:
         """Train every stage that is left."""
         state = self.state
         self._status("starting")
-        ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
-        self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)
         if self.rank == 0:
             groups = group_table(self.config.model, self.config.optimizer)
             self.metrics.event("optimizer_groups", groups=[asdict(group) for group in groups])
+        ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
+        self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)
         while state.stage < len(self.config.stages):
             stage = self.config.stages[state.stage]
             stream = together(partial(self._open, stage, state.started))
