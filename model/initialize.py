@@ -43,7 +43,8 @@ def initial_rows(
         drawn = _block(name, block, columns, min(BLOCK_ROWS, total - start), seed)
         low, high = max(first_row, start), min(last_row, start + len(drawn))
         values[low - first_row : high - first_row] = drawn[low - start : high - start]
-    return torch.from_numpy(values * np.float32(std))
+    values *= np.float32(std)
+    return torch.from_numpy(values)
 
 
 def initial_tensor(name: str, config: ModelConfig, seed: int) -> torch.Tensor:

@@ -77,7 +77,8 @@ class RankModel(nn.Module):
             )
         local = config.num_routed_experts // topology.expert
         experts = (topology.expert_rank * local, (topology.expert_rank + 1) * local)
-        mine = self._components(topology.pipeline_rank)
+        self._held = [self._components(rank) for rank in range(table.ranks)]
+        mine = self._held[topology.pipeline_rank]
         V, d = config.vocab_size, config.hidden_size
 
         def parameter(held: bool, *shape: int) -> nn.Parameter | None:
@@ -142,7 +143,7 @@ class RankModel(nn.Module):
 
     def replicas(self, component: str, expert_rank: int | None = None) -> tuple[int, ...]:
         """Global ranks that hold `component`, or its experts of `expert_rank`."""
-        holders = [p for p in range(self.table.ranks) if component in self._components(p)]
+        holders = [rank for rank, held in enumerate(self._held) if component in held]
         held = self.topology.grid[:, holders]
         if expert_rank is not None:
             held = held[:, :, expert_rank]
@@ -151,7 +152,7 @@ class RankModel(nn.Module):
     def replica_groups(self) -> Iterator[tuple[int, ...]]:
         """Every replica group of the world, the same on every rank."""
         for rank in range(self.table.ranks):
-            for component in self._components(rank):
+            for component in self._held[rank]:
                 yield self.replicas(component)
                 if component.startswith(("layers.", "mtp.")):
                     for expert_rank in range(self.topology.expert):

@@ -8,6 +8,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from parallel.optimizer.config import GroupConfig, GroupsConfig
 from train.compose import CONF, compose_run, config_digest, config_json, config_yaml, problems_of
 from train.config import RunConfig, StepValue
 from train.errors import ConfigError
@@ -105,6 +106,16 @@ def test_all_problems_in_one_line() -> None:
         ("stages", [], "stages: none given"),
         ("model.experts_per_token", 9, "model.experts_per_token: found 9"),
         ("model.num_expert_groups", 3, "model.num_expert_groups: found 3"),
+        (
+            "optimizer.groups.router.learning_rate_factor",
+            -0.5,
+            "optimizer.groups.router.learning_rate_factor: found -0.5, allowed 0 or more",
+        ),
+        (
+            "optimizer.groups.norms.weight_decay_factor",
+            float("nan"),
+            "optimizer.groups.norms.weight_decay_factor: found nan, allowed 0 or more",
+        ),
     ],
 )
 def test_each_fault_is_named(key: str, value: object, wanted: str) -> None:
@@ -117,6 +128,18 @@ def test_each_fault_is_named(key: str, value: object, wanted: str) -> None:
 
 def test_the_shipped_run_has_no_problem() -> None:
     assert problems_of(experiment("demo")) == []
+
+
+def test_optimizer_groups() -> None:
+    """Given in YAML's dots, one by one; the head's are refused where it is the embedding."""
+    config = compose_run(["experiment=demo", "optimizer.groups.router.learning_rate_factor=0.5"])
+    assert config.optimizer.groups == GroupsConfig(router=GroupConfig(0.5, 1.0))
+    assert experiment("demo").optimizer.groups == GroupsConfig()
+    assert json.loads(config_json(config))["optimizer"]["groups"]["norms"]["weight_decay_factor"] == 0.0
+    tied = ["experiment=demo", "model.tie_embeddings=true"]
+    message = fault(*tied, "optimizer.groups.head.weight_decay_factor=0")
+    assert message == "optimizer.groups.head: with model.tie_embeddings the head is in optimizer.groups.embedding"
+    assert compose_run([*tied, "optimizer.groups.embedding.weight_decay_factor=0"])
 
 
 def test_no_experiment_has_no_stages() -> None:
@@ -133,6 +156,8 @@ def test_no_experiment_has_no_stages() -> None:
         ("model.num_layer=2", "model.num_layer", "model.num_layers"),
         ("stages.0.lenght=4", "lenght", "length"),
         ("experiment=dmeo", "dmeo", "demo"),
+        ("optimizer.groups.routers.weight_decay_factor=0", "optimizer.groups.routers", "optimizer.groups.router"),
+        ("optimizer.groups.experts.decay=0", "optimizer.groups.experts.decay", "weight_decay_factor"),
     ],
 )
 def test_misspelt_keys(override: str, key: str, meant: str) -> None:

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from model.groups import group_table
+from parallel.optimizer.config import GROUPS, GroupConfig, GroupsConfig, OptimizerConfig
+from tests.model.models import model_config
 from train.console import ConsoleSink, duration, short
 from train.history import JsonLinesSink, exact, read_lines, rewind
 from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
@@ -258,6 +262,24 @@ def test_console_lines(tmp_path: Path) -> None:
     assert "SKIPPED" not in third  # the count of the run has not grown
     assert "val/en/bits_per_byte 1.5" in evaluation
     assert event == "-- checkpoint saved: path runs/x/step-2"
+
+
+def test_the_groups_table(tmp_path: Path) -> None:
+    """On the console a line each, in events.jsonl the numbers."""
+    out, optimizer = io.StringIO(), OptimizerConfig(groups=GroupsConfig(router=GroupConfig(0.0, 2.0)))
+    groups = [asdict(group) for group in group_table(model_config("v3"), optimizer)]
+    metrics = RunMetrics([JsonLinesSink(tmp_path), ConsoleSink(1, console=Console(file=out, width=80))])
+    metrics.event("optimizer_groups", groups=groups)
+    metrics.close(0)
+    title, header, *lines = [line.split() for line in out.getvalue().splitlines()]
+    assert title == ["optimizer", "groups"] and header == ["group", "tensors", "parameters", "rate", "decay"]
+    assert [line[0] for line in lines] == [*GROUPS, "router"]
+    assert lines[2] == ["norms", "252", "1.04M", "x", "1", "0"]
+    assert lines[3] == ["router", "59", "108M", "x", "0", "0.2", "frozen"]
+    assert lines[4] == ["experts", "30,208", "665B", "x", "1", "0.1"]
+    assert lines[6] == ["router", "biases", "59", "15.1K", "-", "-", "moved", "by", "the", "load"]
+    (event,) = read_lines(tmp_path / "events.jsonl")
+    assert event["event"] == "optimizer_groups" and event["groups"] == groups
 
 
 def test_progress_bar_on_a_terminal() -> None:

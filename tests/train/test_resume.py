@@ -28,7 +28,7 @@ MODEL = [
     "model.qk_rope_head_dim=16",
     "precision.fp8=true",
 ]
-RUN = [*LAYOUT, *MODEL, "checkpoint.every=3", "checkpoint.keep=2"]
+RUN = [*LAYOUT, *MODEL, "checkpoint.every=3", "checkpoint.keep=2", "optimizer.groups.router.learning_rate_factor=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,20 @@ def test_killed_and_stopped_run_equals_the_uninterrupted_one(
     assert tensors(run) == tensors(reference)
     assert position(run) == position(reference)
     assert not list(tmp_path.glob("run/**/*.partial")) and not list(tmp_path.glob("run/**/*.tmp-*"))
+
+
+def test_the_optimizers_groups_are_printed_and_saved(reference: Path) -> None:
+    event = next(line for line in read_lines(reference / "events.jsonl") if line["event"] == "optimizer_groups")
+    found = {group["group"]: (group["learning_rate_factor"], group["weight_decay"]) for group in event["groups"]}
+    others = {"embedding", "head", "experts", "matrices"}
+    assert found == dict.fromkeys(others, (1, 0.1)) | {
+        "norms": (1, 0),
+        "router": (0.5, 0.1),
+        "router biases": (None, None),
+    }
+    printed = (reference.parent / "logs" / "rank0.out").read_text()
+    assert printed.count("optimizer groups") == 1 and " x 0.5 " in printed
+    assert not any((reference.parent / "logs" / f"rank{rank}.out").read_text() for rank in (1, 2, 3))
 
 
 def test_traced_steps_of_a_run(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
