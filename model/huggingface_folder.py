@@ -111,7 +111,7 @@ class ReleasedFolder:
         entries = self._of(name)
         if not 0 <= first <= last <= entries[-1].last_row:
             raise ValueError(f"{name}: rows {first}..{last} are not within 0..{entries[-1].last_row}")
-        wanted = [entry for entry in entries if entry.first_row < last and entry.last_row > first] or entries[:1]
+        wanted = [entry for entry in entries if entry.first_row < last and entry.last_row > first]
         if len(wanted) == 1:
             return self._rows(wanted[0], first - wanted[0].first_row, last - wanted[0].first_row)
         dtype = self._dtype(entries[0])
