@@ -127,6 +127,16 @@ class Attention(nn.Module):
         rope_BHSR = rope_key_BSR[:, None].expand(-1, config.num_heads, -1, -1)
         return torch.cat((nope_BHSN, rope_BHSR), dim=-1), value_BHSC
 
+    def reads_latents(self, cache: LatentCache, T: int, S: int) -> bool:
+        """Whether T queries to S keys take the absorbed form; a cache that leaves it open gets what multiplies less."""
+        if cache.absorbed is not None:
+            return cache.absorbed
+        c = self.config
+        up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        return T * up + T * S * (2 * c.kv_lora_rank + c.qk_rope_head_dim) < S * up + T * S * (
+            c.qk_head_dim + c.v_head_dim
+        )
+
     def absorbed(
         self, query_BHTx: torch.Tensor, latent_BSL: torch.Tensor, rope_key_BSR: torch.Tensor, softmax_scale: float
     ) -> torch.Tensor:
@@ -154,7 +164,7 @@ class Attention(nn.Module):
         latent, rope_key = self.compress(x_BTd, cos_TP, sin_TP)
         if cache is not None:
             latent, rope_key = cache.append(latent, rope_key)
-        if isinstance(cache, LatentCache) and cache.absorbed:
+        if isinstance(cache, LatentCache) and self.reads_latents(cache, x_BTd.shape[1], latent.shape[1]):
             output_BHTC = self.absorbed(query_BHTx, latent, rope_key, softmax_scale)
         else:
             key_BHSx, value_BHSC = self.expand(latent, rope_key)

@@ -75,13 +75,13 @@ class Cache:
 class LatentCache(Cache):
     """MLA: normalised latents [B, S, L] and rotated shared keys [B, S, R], nothing per head.
 
-    absorbed: attention works on the latents themselves; otherwise keys and values of all heads are projected up anew
-    from every position kept.
+    absorbed: attention works on the latents themselves (True), or keys and values of all heads are projected up anew
+    from every position kept (False), or each forward does what takes fewer multiplications (None).
     """
 
     positions = 1
 
-    def __init__(self, capacity: int = 0, absorbed: bool = False) -> None:
+    def __init__(self, capacity: int = 0, absorbed: bool | None = False) -> None:
         super().__init__(capacity)
         self.absorbed = absorbed
 
@@ -92,6 +92,6 @@ class KeyValueCache(Cache):
     positions = 2
 
 
-def new_cache(config: ModelConfig, capacity: int = 0, absorbed: bool = False) -> Cache:
+def new_cache(config: ModelConfig, capacity: int = 0, absorbed: bool | None = False) -> Cache:
     """An empty cache for one layer. absorbed: see `LatentCache`; GQA has one form only."""
     return KeyValueCache(capacity) if config.attention == "gqa" else LatentCache(capacity, absorbed)

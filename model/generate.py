@@ -44,14 +44,15 @@ def check_request(
 
 
 def new_caches(config: ModelConfig, number: int, form: str | None, capacity: int) -> list[Cache]:
-    """Empty caches of `number` layers. form: how MLA reads them, `absorbed` (if None) or `naive`. ModelError for
-    another form, and for any with GQA, which has one only.
+    """Empty caches of `number` layers. form: how MLA reads them, `absorbed` or `naive`, or (None) in each forward the
+    one with fewer multiplications. ModelError for another form, and for any with GQA, which has one only.
     """
     if form is not None and config.attention != "mla":
         raise ModelError(f"generate: form {form!r} is of MLA, this model's attention is {config.attention}")
     if form is not None and form not in FORMS:
         raise ModelError(f"generate: form {form!r}, must be one of {', '.join(FORMS)}")
-    return [new_cache(config, capacity, absorbed=form != "naive") for _ in range(number)]
+    absorbed = None if form is None else form == "absorbed"
+    return [new_cache(config, capacity, absorbed) for _ in range(number)]
 
 
 @torch.no_grad()

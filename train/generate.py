@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--form", choices=FORMS, help="how MLA reads its cache (default: absorbed)")
+    parser.add_argument("--form", choices=FORMS, help="how MLA reads its cache (default: the cheaper)")
     parser.add_argument("--speculative", action="store_true", help="draft with the MTP depths")
     parser.add_argument("--depths", type=int, help="with --speculative: how many MTP depths draft (default: all)")
     given = parser.parse_args(arguments)

@@ -37,16 +37,26 @@ def in_pieces(
 @pytest.mark.parametrize("sizes", [(20,), (1,) * 20, PIECES], ids=["prefill", "decoding", "mixed"])
 @pytest.mark.parametrize("q_lora_rank", [16, 0], ids=["compressed_query", "plain_query"])
 @pytest.mark.parametrize("length", [128, 256], ids=["plain", "yarn"])
-@pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "naive"])
+@pytest.mark.parametrize("absorbed", [True, False, None], ids=["absorbed", "naive", "cheaper"])
 def test_cached_logits_are_the_full_forwards(
-    absorbed: bool, length: int, q_lora_rank: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    absorbed: bool | None, length: int, q_lora_rank: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.attention, "QUERY_BLOCK", 3)
-    config = model_config("tiny", q_lora_rank=q_lora_rank, num_layers=3)
+    config = model_config("tiny", q_lora_rank=q_lora_rank, num_layers=2)
     caches = [new_cache(config, absorbed=absorbed) for _ in range(config.num_layers)]
     assert in_pieces(config, torch.float64, length, caches, sizes) < 1e-12
     assert caches[0].first is not None and caches[0].first.shape == (2, 20, config.kv_lora_rank)
     assert sum(cache.nbytes for cache in caches) == 2 * 20 * cache_bytes_per_token(config, 8)
+
+
+def test_the_cheaper_form() -> None:
+    # V3: projecting a key up costs 512 * 256 multiplications per head, a pair 1088 absorbed and 320 naive.
+    attention = model.attention.Attention(model_config("v3"), device="meta")
+    for T, S, absorbed in ((1, 1, False), (1, 2, True), (2, 4096, True), (160, 4096, True), (180, 4096, False)):
+        assert attention.reads_latents(LatentCache(absorbed=None), T, S) == absorbed
+        assert (T * 512 * 256 / S + T * 1088 < 512 * 256 + T * 320) == absorbed
+        assert attention.reads_latents(LatentCache(absorbed=True), T, S)
+        assert not attention.reads_latents(LatentCache(absorbed=False), T, S)
 
 
 @torch.no_grad()
