@@ -1,47 +1,31 @@
-"""Exported folders, opened by transformers, give this model's logits; MTP included; gradients in float64."""
+"""The models of conf/model, exported and opened by transformers; what config.json says of the released ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from model.config import ModelConfig
 from model.huggingface import export_model
 from model.names import canonical_tensors
+from model.released_config import released_config
 from model.rope import Rotary
 from model.transformer import Transformer
+from tests.model.compared import (
+    BOUND,
+    assert_saved_again_bit_for_bit,
+    compare_with_transformers,
+    gradients,
+    my_logits,
+    worst_gradient,
+)
 from tests.model.models import model_config, random_model, random_tokens
+from tests.model.transformers_oracle import built_by_hand, copy_into, opened, their_gradients, their_logits
 
-
-class LiftCasts(TorchFunctionMode):
-    """transformers casts to float32 in norms, router, softmax and RoPE; here those casts go to float64."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function is torch.Tensor.float:
-            return args[0].double()
-        if function in (torch.Tensor.to, torch.Tensor.type):
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return function(*args, **kwargs)
-
-
-def opened(folder: Path, dtype: torch.dtype):
-    from transformers import DeepseekV3ForCausalLM
-
-    model = DeepseekV3ForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    if dtype is torch.float64:
-        # The frequencies were made in float32 at construction.
-        rotary = model.model.rotary_emb
-        with LiftCasts():
-            rotary.inv_freq = type(rotary)(model.config).inv_freq
-    return model
+DEMOS = ("demo", "demo_v2", "demo_llm")
 
 
 def export(folder: Path, config: ModelConfig, model: Transformer, length: int, dtype: torch.dtype) -> Path:
@@ -49,56 +33,48 @@ def export(folder: Path, config: ModelConfig, model: Transformer, length: int, d
     return folder
 
 
-VARIANTS = {
-    "tiny": {},
-    "no query compression, no dense layer": {"q_lora_rank": 0, "first_dense_layers": 0, "num_layers": 2},
-    "one group, two shared": {"num_expert_groups": 1, "groups_per_token": 1, "num_shared_experts": 2, "num_layers": 2},
-    "tied": {"tie_embeddings": True, "num_layers": 2},
-    "uneven widths": {"v_head_dim": 12, "qk_nope_head_dim": 6, "num_heads": 3, "experts_per_token": 3, "num_layers": 2},
-}
+@pytest.mark.parametrize("length", [128, 1024], ids=["plain", "yarn"])
+def test_the_smallest_model_in_float64(tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_with_transformers(model_config("tiny", mtp_depth=2), length, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("length", [128, 1024], ids=["plain", "yarn"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_gradients_in_float64(tmp_path: Path, variant: str, length: int) -> None:
-    config = model_config("tiny", **VARIANTS[variant])
-    model = random_model(config, torch.float64)
-    theirs = opened(export(tmp_path / "out", config, model, length, torch.float64), torch.float64)
-    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == config.tie_embeddings
-    tokens_BT = random_tokens(config, 2, 40)
-    logits_BTV = model(tokens_BT, rotary=Rotary(config, length)).logits_BTV
-    with LiftCasts():
-        their_logits_BTV = theirs(tokens_BT).logits
-    assert their_logits_BTV.dtype == torch.float64
-    assert (logits_BTV - their_logits_BTV).abs().max() < 1e-9
-    assert logits_BTV.std() > 0.1
-
-    probe_BTV = torch.randn(logits_BTV.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    (logits_BTV * probe_BTV).sum().backward()
-    with LiftCasts():
-        (their_logits_BTV * probe_BTV).sum().backward()
-    layer, their_layer = model.layers[-1], theirs.model.layers[-1]
-    pairs = [
-        (model.embed, theirs.model.embed_tokens.weight),
-        (layer.attention.kv_a, their_layer.self_attn.kv_a_proj_with_mqa.weight),
-        (layer.router.weight, their_layer.mlp.gate.weight),
-        (layer.experts.gate_up, their_layer.mlp.experts.gate_up_proj),
-        (layer.shared.down, their_layer.mlp.shared_experts.down_proj.weight),
-        (model.layers[0].attn_norm, theirs.model.layers[0].input_layernorm.weight),
-    ]
-    for mine, their in pairs:
-        assert (mine.grad - their.grad).abs().max() <= 1e-9 * their.grad.abs().max()
-
-
-@pytest.mark.parametrize("length", [128, 1024], ids=["plain", "yarn"])
-def test_logits_of_the_demo_model_in_float32(tmp_path: Path, length: int) -> None:
-    config = model_config("demo")
+@pytest.mark.parametrize("name", DEMOS)
+def test_logits_of_the_demo_models_in_float32(tmp_path: Path, name: str, length: int) -> None:
+    config = model_config(name)
     model = random_model(config, torch.float32)
     theirs = opened(export(tmp_path / "out", config, model, length, torch.float32), torch.float32)
     tokens_BT = random_tokens(config, 1, 100)
     with torch.no_grad():
         difference = model(tokens_BT, rotary=Rotary(config, length)).logits_BTV - theirs(tokens_BT).logits
     assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_bfloat16_weights_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    config = model_config(name, vocab_size=200, num_layers=2, first_dense_layers=2 if name == "demo_llm" else 1)
+    model = random_model(config, torch.bfloat16)
+    theirs = opened(export(tmp_path / "out", config, model, 128, torch.bfloat16), torch.bfloat16)
+    assert_saved_again_bit_for_bit(tmp_path / "again", config, theirs, canonical_tensors(model))
+
+
+@pytest.mark.parametrize("length", [128, 1024], ids=["plain", "yarn"])
+def test_half_split_rope_in_latent_attention(length: int) -> None:
+    """No released model has it, and no folder of ours says it; transformers' V3 computes it."""
+    config = model_config("tiny", rope_interleaved=False, mtp_depth=0, num_layers=2)
+    model = random_model(config, torch.float64)
+    theirs = built_by_hand(config, length)
+    copy_into(config, canonical_tensors(model), theirs)
+    tokens_BT = random_tokens(config, 2, 24)
+    (mine,), (their,) = my_logits(model, tokens_BT, None, length), their_logits(theirs, None, tokens_BT, None)
+    assert (mine - their).abs().max() < BOUND
+    probe = torch.randn(mine.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (mine * probe).sum().backward()
+    (their * probe).sum().backward()
+    worst_gradient(gradients(model), their_gradients(config, theirs))
+    interleaved = Transformer(model_config("tiny", mtp_depth=0, num_layers=2), torch.float64)
+    interleaved.load_state_dict(model.state_dict())
+    assert (my_logits(interleaved, tokens_BT, None, length)[0] - mine).abs().max() > 1e-3
 
 
 def test_plain_and_yarn_differ() -> None:
@@ -109,28 +85,102 @@ def test_plain_and_yarn_differ() -> None:
     assert (plain - yarn).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("depth", "tied"), [(1, False), (2, False), (2, True)])
-def test_mtp_logits_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, tied: bool) -> None:
-    """transformers' MTP module on the same folder, fed the main model's state after its final norm."""
-    from transformers import DeepseekV3ForCausalLM
-    from transformers.modeling_layers import MtpModel
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_layer_freq": 1,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": YARN,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
+V2: dict[str, Any] = LATENT | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+}
+RELEASED: dict[str, dict[str, Any]] = {
+    "v3": LATENT
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "vocab_size": 129280,
+        "num_nextn_predict_layers": 1,
+    },
+    "v2": V2
+    | {
+        "hidden_size": 5120,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "n_routed_experts": 160,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 16.0,
+    },
+    "v2_lite": V2
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+}
 
-    config = model_config("tiny", mtp_depth=depth, tie_embeddings=tied)
-    # transformers finds the MTP layer by V3's own number, 61.
-    pattern = "|".join(rf"model\.layers\.{config.num_layers + k}\." for k in range(depth))
-    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [pattern])
-    model = random_model(config, torch.float64)
-    theirs = opened(export(tmp_path / "out", config, model, 128, torch.float64), torch.float64)
-    their_mtp = MtpModel.from_pretrained(theirs).eval()
 
-    tokens_BT = random_tokens(config, 2, 30)
-    length = tokens_BT.shape[1] - depth
-    main_BT = tokens_BT[:, :length]
-    ahead_DBT = torch.stack([tokens_BT[:, k + 1 : k + 1 + length] for k in range(depth)])
-    output = model(main_BT, ahead_DBT, rotary=Rotary(config, 128))
-    positions = torch.arange(length)[None]
-    with LiftCasts(), torch.no_grad():
-        state = theirs.model(main_BT).last_hidden_state
-        for k in range(depth):
-            state = their_mtp.forward_layer(k, state, positions + 1, None, input_ids=ahead_DBT[k])
-            assert (theirs.lm_head(state) - output.mtp_logits[k]).abs().max() < 1e-9
+@pytest.mark.parametrize("name", RELEASED)
+def test_config_json_says_what_the_released_ones_say(name: str) -> None:
+    values = released_config(model_config(name), 163840, "bfloat16", 0, 1)
+    assert {key: values.get(key, "missing") for key in RELEASED[name]} == RELEASED[name]
+    at_4k = released_config(model_config(name), 4096, "bfloat16", 0, 1)
+    assert at_4k["rope_scaling"] is None and at_4k["max_position_embeddings"] == 4096
