@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.config import ModelConfig, RopeScaling
-from model.rope import Rotary, apply_rope, correction_range
+from model.config import ModelConfig
+from model.rope import Rotary, apply_rope, correction_range, yarn_mscale
 from tests.model.models import model_config
+from tests.model.transformers_oracle import LiftCasts, built_by_hand
 
 # DeepSeek's own code for V3 at base 10000, original length 4096, factor 40; from index 23 on the plain frequency / 40.
 V3_FREQUENCIES = [
@@ -20,25 +22,60 @@ V3_FREQUENCIES = [
 ]  # fmt: skip
 
 
-def test_v3_frequencies_and_softmax_scale() -> None:
-    rotary = Rotary(ModelConfig(), 32768)
+# mscale = 0.1 * m * ln(40) + 1 with each config's m, and 192^-0.5 * mscale^2. V2's config has V3's m, unlike its paper.
+SCALES = {"v3": (1.3688879, 0.1352338), "v2": (1.3688879, 0.1352338), "v2_lite": (1.2608038, 0.1147214)}
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("length", [4097, 32768, 131072])
+def test_released_frequencies_and_softmax_scales(name: str, length: int) -> None:
+    config = model_config(name)
+    rotary = Rotary(config, length)
     assert rotary.yarn
     torch.testing.assert_close(rotary.frequency_P, torch.tensor(V3_FREQUENCIES, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert rotary.softmax_scale == pytest.approx(0.1352338, abs=5e-8)
+    plain = [10000 ** (-i / 32) for i in range(32)]
+    ends = [*range(11), *range(23, 32)]
+    expected = torch.tensor([plain[i] / (1 if i <= 10 else 40) for i in ends], dtype=torch.float64)
+    torch.testing.assert_close(rotary.frequency_P[ends], expected, rtol=1e-14, atol=0)
+    mscale, softmax_scale = SCALES[name]
+    assert yarn_mscale(40, config.rope_scaling.mscale_all_dim) == pytest.approx(mscale, abs=5e-8)
+    assert rotary.softmax_scale == pytest.approx(softmax_scale, abs=5e-8)
+    assert rotary.softmax_scale == pytest.approx(192**-0.5 * mscale**2, rel=1e-7)
     assert rotary.magnitude == 1
 
 
-def test_v2_lite_softmax_scale() -> None:
-    scaling = RopeScaling(mscale=0.707, mscale_all_dim=0.707)
-    assert Rotary(ModelConfig(rope_scaling=scaling), 8192).softmax_scale == pytest.approx(0.1147214, abs=5e-8)
-
-
-def test_pretraining_length_is_plain_rope() -> None:
-    rotary = Rotary(ModelConfig(), 4096)
-    assert not rotary.yarn
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("length", [1, 2048, 4096])
+def test_pretraining_length_is_plain_rope(name: str, length: int) -> None:
+    rotary = Rotary(model_config(name), length)
+    assert not rotary.yarn and rotary.magnitude == 1
     assert rotary.softmax_scale == 192**-0.5
     expected = torch.tensor([10000 ** (-i / 32) for i in range(32)], dtype=torch.float64)
     torch.testing.assert_close(rotary.frequency_P, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llm_7b", "llm_67b", "moe_16b"])
+def test_whole_heads_turn_in_the_llm(name: str) -> None:
+    rotary = Rotary(model_config(name), 4096)
+    assert not rotary.yarn and rotary.softmax_scale == 128**-0.5
+    expected = torch.tensor([10000 ** (-i / 64) for i in range(64)], dtype=torch.float64)
+    torch.testing.assert_close(rotary.frequency_P, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", [*SCALES, "llm_7b", "demo", "demo_llm"])
+@pytest.mark.parametrize("extended", [False, True])
+def test_frequencies_and_scales_are_those_of_transformers(name: str, extended: bool) -> None:
+    config = model_config(name)
+    length = config.rope_scaling.original_length * (8 if extended else 1)
+    rotary = Rotary(config, length)
+    # Of the sizes only those of a head matter here.
+    sizes = dict.fromkeys(("num_layers", "first_dense_layers", "num_heads", "q_lora_rank", "kv_lora_rank"), 1)
+    sizes |= dict.fromkeys(("hidden_size", "vocab_size", "intermediate_size", "num_key_value_heads"), 1)
+    theirs = built_by_hand(replace(config, **sizes), length)
+    embedding, attention = theirs.model.rotary_emb, theirs.model.layers[0].self_attn
+    torch.testing.assert_close(rotary.frequency_P, embedding.inv_freq, rtol=1e-14, atol=0)
+    logit_scale = attention.scaling * embedding.attention_scaling**2
+    assert rotary.softmax_scale * rotary.magnitude**2 == pytest.approx(logit_scale, rel=1e-14)
 
 
 def test_the_demo_keeps_v3s_share_of_dimensions() -> None:
@@ -65,6 +102,37 @@ def test_rotation_is_complex_multiplication(dtype: torch.dtype) -> None:
     assert rotated.dtype == dtype
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
     torch.testing.assert_close(rotated.double(), torch.view_as_real(turned).flatten(-2), atol=tolerance, rtol=tolerance)
+
+
+def test_half_split_rotation_is_that_of_transformers_llama() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = Rotary(model_config("demo_llm"), 64).tables(torch.arange(5, 30), torch.float64)
+    q, k = torch.randn(2, 3, 4, 25, 32, dtype=torch.float64, generator=generator)
+    theirs = apply_rotary_pos_emb(q, k, *(torch.cat((x, x), -1)[None] for x in (cos, sin)))
+    for mine, their in zip((apply_rope(x, cos, sin, interleaved=False) for x in (q, k)), theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-14, atol=1e-14)
+    assert (apply_rope(q, cos, sin) - theirs[0]).abs().max() > 0.1
+
+
+def test_interleaved_rotation_is_that_of_transformers_v2_and_scores_like_v3s() -> None:
+    """V3's code there puts the even dimensions first, of queries and keys alike."""
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = Rotary(model_config("demo"), 64).tables(torch.arange(5, 30), torch.float64)
+    q, k = torch.randn(2, 3, 4, 25, 16, dtype=torch.float64, generator=generator)
+    mine_q, mine_k = (apply_rope(x, cos, sin) for x in (q, k))
+    with LiftCasts():
+        v2_q, v2_k = apply_rotary_emb(q, k, torch.complex(cos, sin)[None])
+    v3_q, v3_k = apply_rotary_pos_emb_interleave(q, k, *(torch.cat((x, x), -1)[None] for x in (cos, sin)))
+    torch.testing.assert_close(mine_q, v2_q, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(mine_k, v2_k, rtol=1e-14, atol=1e-14)
+    order = [*range(0, 16, 2), *range(1, 16, 2)]
+    torch.testing.assert_close(mine_q[..., order], v3_q, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(mine_q @ mine_k.mT, v3_q @ v3_k.mT, rtol=1e-12, atol=1e-12)
 
 
 def test_angles_at_128k_positions_are_exact_in_float32() -> None:
