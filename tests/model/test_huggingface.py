@@ -14,6 +14,7 @@ from model.errors import CannotWriteError, CheckpointError, ModelError
 from model.huggingface import INDEX, ReleasedFolder, export_model
 from model.names import canonical_shapes, canonical_tensors
 from model.released import released_entries
+from model.released_family import differing_fields
 from tests.model.models import model_config, random_model
 
 
@@ -36,6 +37,33 @@ def test_out_and_in_bit_for_bit(tmp_path: Path, dtype: torch.dtype, q_lora_rank:
     folder.config.name = config.name
     folder.config.rope_scaling = config.rope_scaling
     assert folder.config == config and folder.length == 128
+
+
+SMALL_MOE = {
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_layers": 2,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_routed_experts": 8,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("demo_v2", {}), ("demo_v2", {"num_routed_experts": 0}), ("demo_llm", {}), ("moe_16b", SMALL_MOE)],
+    ids=["v2", "dense v2", "llm", "moe"],
+)
+def test_every_family_bit_for_bit(tmp_path: Path, name: str, changes: dict[str, object]) -> None:
+    config = model_config(name, **changes)
+    tensors = export(tmp_path / "out", config, torch.bfloat16, shard_bytes=100_000)
+    folder = ReleasedFolder(tmp_path / "out")
+    assert folder.names == list(canonical_shapes(config)) and differing_fields(folder.config, config) == []
+    for name in folder.names:
+        assert torch.equal(folder.read(name), tensors[name]), name
 
 
 def test_yarn_is_said_only_by_a_checkpoint_of_an_extended_stage(tmp_path: Path) -> None:

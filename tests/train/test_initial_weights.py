@@ -13,11 +13,13 @@ import torch
 from data.stream import open_stream
 from model.huggingface import DTYPES, ReleasedFolder, export_model
 from model.names import canonical_tensors, load_canonical
+from model.released_family import differing_fields
 from model.rope import Rotary
 from model.transformer import Transformer, cross_entropy_sum
 from tests.data.synthetic import VOCABULARY
 from tests.model.models import model_config, random_model
 from tests.train.ranks import Nursery, arguments, losses, make_corpus, nursery, stage
+from train.export import main as export_main
 from train.reading import CheckpointReader, read_config, stage_ends
 
 LENGTH, SEQUENCES = 32, 4
@@ -77,6 +79,10 @@ def test_the_first_loss_is_the_folder_models(nurse: Nursery, folder: Path, corpu
     saved, released = CheckpointReader(initial.path, config), ReleasedFolder(folder)
     for name in released.names:
         assert torch.equal(saved(name).double(), released.read(name).double()), name
+
+    assert export_main([str(run), "--stage", "initial", "--dtype", "fp8"]) == 0
+    exported = ReleasedFolder(run / "export")
+    assert "F8_E4M3" in exported.dtypes and differing_fields(exported.config, config.model) == []
 
 
 def test_another_model_is_refused_in_one_line(nurse: Nursery, folder: Path, corpus: Path, tmp_path: Path) -> None:
