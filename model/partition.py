@@ -107,11 +107,9 @@ class RankModel(nn.Module):
         """Give this rank's parameters memory on `device`, uninitialised, and set its router biases to 0. The parameters
         are new objects: `specs` and `build_stages` come after it."""
         tied = self.head is not None and self.head is self.embed
-        if tied:
-            self.head = None  # or to_empty would make two tensors of it
         self.to_empty(device=device)
         if tied:
-            self.head = self.embed
+            self.head = self.embed  # to_empty makes two tensors of it
         for bias in self.buffers():
             bias.zero_()
 
