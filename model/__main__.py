@@ -1,5 +1,6 @@
 """`python -m model COMMAND KEY=VALUE ...`. Every command's last line is one JSON object.
 
+    summary model=NAME|all [pipeline=N expert=N ranks=N]         what it is made of, what it costs, where parts live
     check folder=DIR                                             a Hugging Face folder: all its problems, or what it is
     convert from=DIR to=DIR dtype=bfloat16|float32|float64|fp8   its weights in another precision
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from model import check, convert
+from model import check, convert, summary
 from model.errors import ModelError
 
 # A command takes its KEY=VALUE arguments, prints, and raises ModelError kinds for what a user can mend.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "check": check.run,
     "convert": convert.run,
+    "summary": summary.run,
 }
 EXIT_USAGE = 64
 

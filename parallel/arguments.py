@@ -19,3 +19,14 @@ def pairs(arguments: Sequence[str], allowed: Sequence[str], needed: Sequence[str
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; {usage}")
     return given
+
+
+def whole_number(key: str, text: str, least: int = 1) -> int:
+    """The value of `key` as an integer; `1e9` is one. ValueError, one line: not a whole number of at least `least`."""
+    try:
+        found = float(text)
+        if not found.is_integer() or found < least:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{key}={text}: must be a whole number of at least {least}") from None
+    return int(found)
