@@ -26,10 +26,10 @@ EXIT_USAGE = 64
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    if set(arguments) & {"-h", "--help", "help"}:
-        print(__doc__)
-        return 0
-    command, *rest = arguments or [""]
+    if not arguments or set(arguments) & {"-h", "--help", "help"}:
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else EXIT_USAGE
+    command, *rest = arguments
     if command not in COMMANDS:
         print(f"python -m model: {command!r}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
