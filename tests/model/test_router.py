@@ -179,20 +179,39 @@ def test_the_bias_is_in_no_gradient() -> None:
     torch.testing.assert_close(logits_TE.grad, again_TE.grad, rtol=1e-12, atol=1e-15)
 
 
-def test_softmax_router_has_no_bias() -> None:
-    config = small(2, 4, 1, 2, **V2, routed_scaling_factor=16.0)
+def random_router(config: ModelConfig) -> tuple[Router, torch.Tensor, list[list[float]]]:
+    """A float64 router, tokens [30, 8] and their logits."""
     router = Router(config, torch.float64)
-    assert router.bias is None and "bias" not in router.state_dict()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        router.weight.copy_(torch.randn(8, 8, dtype=torch.float64, generator=generator))
+        for tensor in (router.weight, router.bias):
+            if tensor is not None:
+                tensor.copy_(torch.randn(tensor.shape, dtype=torch.float64, generator=generator) - 0.5)
     x_Td = torch.randn(30, 8, dtype=torch.float64, generator=generator)
+    return router, x_Td, (x_Td @ router.weight.T).tolist()
+
+
+def test_softmax_router_has_no_bias() -> None:
+    config = small(2, 4, 1, 2, **V2, routed_scaling_factor=16.0)
+    router, x_Td, logits = random_router(config)
+    assert router.bias is None and "bias" not in router.state_dict()
     routing = router(x_Td)
-    score_TE = np.exp((x_Td @ router.weight.T).detach().numpy())
-    score_TE /= score_TE.sum(-1, keepdims=True)
-    for ids, weights, scores in zip(routing.index_TK.tolist(), routing.weight_TK.tolist(), score_TE.tolist()):
+    for ids, weights, logit in zip(routing.index_TK.tolist(), routing.weight_TK.tolist(), logits, strict=True):
+        scores = [np.exp(x) / np.exp(logit).sum() for x in logit]
         assert ids == brute_force(scores, [0.0] * 8, config)
         np.testing.assert_allclose(weights, [16 * scores[e] for e in ids], rtol=1e-12)
+
+
+def test_sigmoid_router_selects_with_its_bias_and_weighs_without() -> None:
+    config = small(2, 4, 1, 2)
+    router, x_Td, logits = random_router(config)
+    assert router.bias is not None and not router.bias.requires_grad
+    bias = router.bias.tolist()
+    routing = router(x_Td)
+    for ids, weights, logit in zip(routing.index_TK.tolist(), routing.weight_TK.tolist(), logits, strict=True):
+        scores = [1 / (1 + np.exp(-x)) for x in logit]
+        assert ids == brute_force(scores, bias, config)
+        np.testing.assert_allclose(weights, [2.5 * scores[e] / sum(scores[i] for i in ids) for e in ids], rtol=1e-12)
 
 
 def test_router_is_precise_in_every_dtype() -> None:
