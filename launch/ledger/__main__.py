@@ -1,9 +1,10 @@
 """`python -m launch.ledger model=v3 pipeline=16 expert=64 ranks=2048 micro_batches=24,30,60,120 [key=value ...]`: what
 every rank holds in memory, by kind, at its fullest moment over the simulated schedule, and what makes it fit.
 
-model: a file of conf/model. ranks: of the whole run, a multiple of pipeline x expert. Also: schedule (dualpipe),
-sequences (1) and length (4096) of a micro-batch, layout (balanced), budget (80e9 bytes of a card) and reserve (2e9 of
-them for CUDA context, communicators and rounding: an assumption), out=DIR for the pictures and the tables as Markdown.
+model: a file of conf/model; model.KEY=VALUE changes one of its numbers. ranks: of the whole run, a multiple of
+pipeline x expert. Also: schedule (dualpipe), sequences (1) and length (4096) of a micro-batch, layout (balanced),
+budget (80e9 bytes of a card) and reserve (2e9 of them for CUDA context, communicators and rounding: an assumption),
+out=DIR for the pictures and the tables as Markdown.
 Choices, the code's own value first:
 """
 
@@ -17,14 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from data.errors import DataError
 from launch.ledger.choices import EFFECTS, choose
 from launch.ledger.ledger import BUDGET, RESERVE, Plan
 from launch.ledger.report import Grid, Ledger, figures, make_ledger, tables
-from model.config import ModelConfig, config_problems
-from parallel.arguments import pairs
+from model.named import named_config
+from parallel.arguments import pairs, whole_number
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 REQUIRED = ("model", "pipeline", "expert", "ranks", "micro_batches")
 OPTIONAL = ("schedule", "sequences", "length", "layout", "budget", "reserve", "out")
 USAGE = "usage: python -m launch.ledger model=NAME pipeline=N expert=N ranks=N micro_batches=N,N [key=value ...]"
@@ -38,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{USAGE}\n\n{__doc__}\n{choices}")
         return 0
     try:
-        given = pairs(arguments, (*REQUIRED, *OPTIONAL, *EFFECTS), REQUIRED, USAGE)
+        changed = [argument.partition("=")[0] for argument in arguments if argument.startswith("model.")]
+        given = pairs(arguments, (*REQUIRED, *OPTIONAL, *EFFECTS, *changed), REQUIRED, USAGE)
         ledger = _ledger(given)
     except ValueError as error:
         print(f"python -m launch.ledger: {error}", file=sys.stderr)
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _ledger(given: dict[str, str]) -> Ledger:
-    model = _model(given["model"])
-    pipeline, expert, ranks = (_number(key, given[key]) for key in ("pipeline", "expert", "ranks"))
+    model = named_config(given["model"], {key.removeprefix("model."): given[key] for key in given if "." in key})
+    pipeline, expert, ranks = (whole_number(key, given[key]) for key in ("pipeline", "expert", "ranks"))
     if ranks % (pipeline * expert):
         raise ValueError(f"ranks={ranks}: must be a multiple of pipeline x expert = {pipeline * expert}")
-    if model.num_routed_experts % expert:
+    if model.num_routed_experts % expert or (not model.has_experts and expert > 1):
         raise ValueError(f"expert={expert}: must divide the model's {model.num_routed_experts} experts")
     plan = Plan(
         model,
@@ -72,40 +72,14 @@ def _ledger(given: dict[str, str]) -> Ledger:
         pipeline,
         expert,
         ranks // (pipeline * expert),
-        _number("sequences", given.get("sequences", "1")),
-        _number("length", given.get("length", "4096")),
+        whole_number("sequences", given.get("sequences", "1")),
+        whole_number("length", given.get("length", "4096")),
         given.get("layout", ""),
-        _number("reserve", given.get("reserve", str(RESERVE)), 0),
+        whole_number("reserve", given.get("reserve", str(RESERVE)), 0),
     )
-    micro_batches = [_number("micro_batches", text) for text in given["micro_batches"].split(",")]
-    budget = _number("budget", given.get("budget", str(BUDGET)))
+    micro_batches = [whole_number("micro_batches", text) for text in given["micro_batches"].split(",")]
+    budget = whole_number("budget", given.get("budget", str(BUDGET)))
     return make_ledger(plan, choose({k: v for k, v in given.items() if k in EFFECTS}), micro_batches, budget)
-
-
-def _model(name: str) -> ModelConfig:
-    # Hydra takes as long to import as the rest takes to run.
-    from data.compose import compose_dataclass
-
-    if not (CONF / f"{name}.yaml").is_file():
-        raise ValueError(f"model={name}: unknown; allowed: {', '.join(sorted(p.stem for p in CONF.glob('*.yaml')))}")
-    try:
-        config = compose_dataclass(ModelConfig, name, (), CONF)
-    except DataError as error:
-        raise ValueError(f"model={name}: {error}") from None
-    problems = config_problems(config)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return config
-
-
-def _number(key: str, text: str, least: int = 1) -> int:
-    try:
-        found = float(text)
-        if not found.is_integer() or found < least:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise ValueError(f"{key}={text}: must be a whole number of at least {least}") from None
-    return int(found)
 
 
 def _write(ledger: Ledger, grids: Sequence[Grid], folder: Path) -> list[Path]:

@@ -1,8 +1,9 @@
 """What a chunk keeps on a rank, tensor by tensor: after its forward (F), and between I and W.
 
 Each entry is named after what it is and counts the storage that the code keeps alive, views included: it follows
-`model/segments.py`, `model/ops.py`, `model/latent_attention.py`, `model/stage.py` and the dispatcher's route, and a
-test compares it with the storages that they really keep.
+`model/segments.py`, `model/ops.py`, `model/latent_attention.py`, `model/grouped_query.py`, `model/stage.py` and the
+dispatcher's route, and a test compares it with the storages that they really keep. Balance is by the sequence-wise
+loss; V2's three keep a few numbers per sequence instead.
 
 Letters: N tokens, X expanded rows, d hidden, H heads.
 """
@@ -35,7 +36,7 @@ def kept_rows(rows: int, width: int, choices: Choices) -> int:
 
 
 def attention_output(config: ModelConfig, N: int, choices: Choices) -> int:
-    width = config.num_heads * config.v_head_dim
+    width = config.num_heads * config.value_head_dim
     if not choices.fp8:
         return BF16 * N * width
     codes = N * width * 3 // 2 if choices.attention_output == "packed" else BF16 * N * width
@@ -44,42 +45,66 @@ def attention_output(config: ModelConfig, N: int, choices: Choices) -> int:
 
 def _attention_inputs(config: ModelConfig, N: int, choices: Choices) -> Bytes:
     """What the weight gradients of the attention segment compute their operands from."""
-    query = config.q_lora_rank
-    found = {
+    latent = config.attention == "mla"
+    return {
         "residual into attention": BF16 * N * config.hidden_size,
         "residual into MLP": BF16 * N * config.hidden_size,
-        "latent keys and values": BF16 * N * (config.kv_lora_rank + config.qk_rope_head_dim),
+        "latent keys and values": BF16 * N * (config.kv_lora_rank + config.qk_rope_head_dim) * latent,
         "attention output": attention_output(config, N, choices),
+        "latent queries": BF16 * N * config.q_lora_rank * latent,
     }
-    if query:
-        found["latent queries"] = BF16 * N * query
-    return found
+
+
+def _attention_core(config: ModelConfig, N: int) -> Bytes:
+    """What attention's own backward takes besides: the queries where they have no latent, grouped keys and values."""
+    found: Bytes = {}
+    if config.attention == "gqa" or not config.q_lora_rank:
+        found["queries"] = BF16 * N * config.num_heads * config.qk_head_dim
+    if config.attention == "gqa":
+        found["keys and values"] = BF16 * N * 2 * config.num_key_value_heads * config.head_dim
+    return found | {"softmax statistics": FP32 * N * config.num_heads}
+
+
+def _attention_gradients(config: ModelConfig, N: int) -> dict[str, tuple[int, ...]]:
+    """Widths of the gradients that the projections' weight gradients wait with, each quantised by itself."""
+    H, queries = config.num_heads, "gradient of queries"
+    if config.attention == "gqa":
+        width = config.num_key_value_heads * config.head_dim
+        return {queries: (H * config.head_dim,), "gradient of keys and values": (width, width)}
+    return {
+        "gradient of latents": (config.q_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim),
+        queries: (H * config.qk_head_dim,),
+        "gradient of keys and values": (H * (config.qk_nope_head_dim + config.v_head_dim),),
+    }
+
+
+def _latent_norms(config: ModelConfig) -> list[int]:
+    """Widths of the norms of latents."""
+    return [config.q_lora_rank, config.kv_lora_rank] if config.attention == "mla" else []
 
 
 def _kept_instead_of_recomputed(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> int:
     """Results of RMSNorm, up-projections and SwiGLU, as the weight gradients and attention's backward take them."""
-    N, d, H = load.tokens, config.hidden_size, config.num_heads
+    N, d = load.tokens, config.hidden_size
     inner = config.num_shared_experts * config.moe_intermediate_size if moe else config.intermediate_size
-    widths = [d, d, config.q_lora_rank, config.kv_lora_rank, inner]
+    widths = [d, d, *_latent_norms(config), inner]
     found = sum(columns_fp8(N, w) if choices.fp8 else BF16 * N * w for w in widths if w)
     if moe:
         f = config.moe_intermediate_size
         found += columns_fp8(load.padded, f) if choices.fp8 else BF16 * load.expanded * f
-    return found + BF16 * N * H * (2 * config.qk_head_dim + config.v_head_dim)
+    return found + _expanded(config, N)
 
 
-def _queries_without_rank(config: ModelConfig, N: int) -> int:
-    """Without query compression the queries themselves are the latent."""
-    return 0 if config.q_lora_rank else BF16 * N * config.num_heads * config.qk_head_dim
+def _expanded(config: ModelConfig, N: int) -> int:
+    """Queries, keys and values of all heads, projected up from the latents; grouped-query attention keeps its own."""
+    return BF16 * N * config.num_heads * (2 * config.qk_head_dim + config.v_head_dim) * (config.attention == "mla")
 
 
 def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> Bytes:
     """One layer between a chunk's F and its backward."""
     N, X, K, E = load.tokens, load.expanded, config.experts_per_token, config.num_routed_experts
     f = config.moe_intermediate_size
-    found = _attention_inputs(config, N, choices)
-    found["queries"] = _queries_without_rank(config, N)
-    found["softmax statistics"] = FP32 * N * config.num_heads
+    found = _attention_inputs(config, N, choices) | _attention_core(config, N)
     if not moe:
         found["SwiGLU input"] = kept_rows(N, 2 * config.intermediate_size, choices)
     else:
@@ -87,8 +112,10 @@ def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Cho
         found["rows dispatched here"] = kept_rows(X, config.hidden_size, choices)
         found["SwiGLU input, routed"] = kept_rows(X, 2 * f, choices)
         found["router weights of rows"] = FP32 * X
-        # Scores, chosen scores, three sums or masks per token, two constants per sequence (of experts, of tokens).
-        found["router"] = FP32 * (N * (E + K + 3) + load.sequences * (E + 1))
+        # Scores, a sum and a mask per token, two constants per sequence (of experts, of tokens); chosen scores and
+        # their sum where they are divided by it.
+        chosen = K + 1 if config.renormalise else 0
+        found["router"] = FP32 * (N * (E + 2 + chosen) + load.sequences * (E + 1))
         found["indices"] = INT64 * (N * K + load.moved + 2 * X)
     if choices.recompute == "off":
         found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices)
@@ -97,8 +124,7 @@ def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Cho
 
 def layer_after_input_gradient(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> Bytes:
     """One layer between I and W: operands of the weight gradients that wait."""
-    N, X, d, H = load.tokens, load.expanded, config.hidden_size, config.num_heads
-    f, query, latent = config.moe_intermediate_size, config.q_lora_rank, config.kv_lora_rank
+    N, X, d, f = load.tokens, load.expanded, config.hidden_size, config.moe_intermediate_size
 
     def gradient(width: int) -> int:
         return columns_fp8(N, width) if choices.fp8 else BF16 * N * width
@@ -107,11 +133,10 @@ def layer_after_input_gradient(config: ModelConfig, moe: bool, load: Load, choic
         return columns_fp8(load.padded, width) if choices.fp8 else BF16 * X * width
 
     found = _attention_inputs(config, N, choices)
-    found["gradient of latents"] = gradient(query) + gradient(latent + config.qk_rope_head_dim)
-    found["gradient of queries"] = gradient(H * config.qk_head_dim)
-    found["gradient of keys and values"] = gradient(H * (config.qk_nope_head_dim + config.v_head_dim))
+    for name, widths in _attention_gradients(config, N).items():
+        found[name] = sum(gradient(width) for width in widths if width)
     found["gradient of attention's result"] = gradient(d)
-    found["gradient of norms"] = FP32 * (2 * d + query + latent)
+    found["gradient of norms"] = FP32 * (2 * d + sum(_latent_norms(config)))
     inner = config.num_shared_experts * f if moe else config.intermediate_size
     found["SwiGLU input, shared" if moe else "SwiGLU input"] = kept_rows(N, 2 * inner, choices)
     found["gradient of SwiGLU input"] = gradient(2 * inner)
@@ -124,8 +149,8 @@ def layer_after_input_gradient(config: ModelConfig, moe: bool, load: Load, choic
         found["gradient of the experts' result"] = gradient_of_rows(d)
         found["gradient of router logits"] = FP32 * N * config.num_routed_experts
     if choices.recompute == "off":
-        attention_core = BF16 * N * H * (2 * config.qk_head_dim + config.v_head_dim)
-        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices) - attention_core
+        kept = _kept_instead_of_recomputed(config, moe, load, choices)
+        found["kept, not recomputed"] = kept - _expanded(config, N)
     return {name: size for name, size in found.items() if size}
 
 
@@ -160,24 +185,20 @@ def _add(total: Bytes, more: Bytes, times: int = 1) -> None:
 def stage_after_forward(config: ModelConfig, contents: Contents, load: Load, choices: Choices) -> Bytes:
     """A whole stage between F and backward."""
     found: Bytes = {}
-    for moe, layers in ((False, contents.dense), (True, contents.moe)):
-        if layers:
-            _add(found, layer_after_forward(config, moe, load, choices), layers)
+    for moe, layers in contents.layers(config):
+        _add(found, layer_after_forward(config, moe, load, choices), layers)
     if contents.head:
         _add(found, _output(config, contents.mtp, load.tokens, choices, queued=False))
-        _add(found, layer_after_forward(config, True, load, choices), contents.mtp)
     return {name: size for name, size in found.items() if size}
 
 
 def stage_after_input_gradient(config: ModelConfig, contents: Contents, load: Load, choices: Choices) -> Bytes:
     """A whole stage between I and W."""
     found: Bytes = {}
-    for moe, layers in ((False, contents.dense), (True, contents.moe)):
-        if layers:
-            _add(found, layer_after_input_gradient(config, moe, load, choices), layers)
+    for moe, layers in contents.layers(config):
+        _add(found, layer_after_input_gradient(config, moe, load, choices), layers)
     if contents.head:
         _add(found, _output(config, contents.mtp, load.tokens, choices, queued=True))
-        _add(found, layer_after_input_gradient(config, True, load, choices), contents.mtp)
     if contents.embed:
         _add(found, {"gradient of embeddings": BF16 * load.tokens * config.hidden_size})
     return {name: size for name, size in found.items() if size}

@@ -21,6 +21,12 @@ class Contents:
     embed: bool
     head: bool
 
+    def layers(self, config: ModelConfig) -> list[tuple[bool, int]]:
+        """(MoE, number) of the kinds of layers here, those of MTP depths among them."""
+        dense = self.dense + (0 if config.has_experts else self.mtp)
+        moe = self.moe + (self.mtp if config.has_experts else 0)
+        return [(kind, number) for kind, number in ((False, dense), (True, moe)) if number]
+
     def describe(self) -> str:
         """`embedding + 3 dense + 1 MoE`."""
         words = ["embedding"] if self.embed else []

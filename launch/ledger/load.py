@@ -38,7 +38,9 @@ class Load:
 
 def ranks_per_token(config: ModelConfig, ranks: int) -> float:
     """Expected number of different ranks that a token's experts live on, all allowed choices equally likely: M groups
-    of G, then K of their experts. V3 over 64 ranks: 7.36 of 8."""
+    of G, then K of their experts. V3 over 64 ranks: 7.36 of 8. A dense model sends none."""
+    if not config.has_experts:
+        return 0.0
     E, G, M, K = (
         config.num_routed_experts,
         config.num_expert_groups,
@@ -60,6 +62,8 @@ def ranks_per_token(config: ModelConfig, ranks: int) -> float:
 
 def balanced_load(config: ModelConfig, sequences: int, length: int, ranks: int) -> Load:
     """The load of a rank when all experts get the same number of tokens, as auxiliary-loss-free balancing aims at."""
+    if not config.has_experts:
+        return Load(sequences, length, 0, ())
     tokens, local = sequences * length, config.num_routed_experts // ranks
     rows = tokens * config.experts_per_token
     counts = tuple(rows // local + (e < rows % local) for e in range(local))

@@ -169,7 +169,10 @@ def _cache(ledger: Ledger) -> Grid:
     """One layer of each kind, tensor by tensor, and the output."""
     plan, choices = ledger.plan, ledger.choices
     parts: list[Bytes] = []
-    for moe in (True, False):
+    columns = ["tensor"]
+    held = {moe for contents in plan.contents for moe, _ in contents.layers(plan.model)}
+    for moe in sorted(held, reverse=True):
+        columns += [f"{'MoE' if moe else 'dense'}, after {op}" for op in "FI"]
         parts.append(layer_after_forward(plan.model, moe, plan.load, choices))
         parts.append(layer_after_input_gradient(plan.model, moe, plan.load, choices))
     names = list(dict.fromkeys(name for part in parts for name in part))
@@ -182,7 +185,7 @@ def _cache(ledger: Ledger) -> Grid:
         f"MB (10^6 bytes) that one layer keeps of one chunk of {plan.load.tokens} tokens "
         f"(final norm and head: {alone / 1e6:.2f})"
     )
-    return Grid(title, ("tensor", "MoE, after F", "MoE, after I", "dense, after F", "dense, after I"), rows)
+    return Grid(title, tuple(columns), rows)
 
 
 def figures(ledger: Ledger, files: Sequence[str]) -> dict[str, Any]:

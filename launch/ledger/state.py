@@ -17,6 +17,7 @@ from launch.ledger.choices import Choices
 from launch.ledger.layout import Contents
 from model.config import ModelConfig
 from model.names import is_router_bias, layer_shapes
+from model.precision import in_fp8
 from parallel.optimizer.assignment import assign_rows, canonical_key
 from parallel.optimizer.bucket import PIECE_UNIT
 from parallel.optimizer.zero1 import GATHERS_IN_FLIGHT
@@ -25,7 +26,6 @@ from parallel.schedule.actions import Table
 BF16, FP32 = 2, 4
 UNIT_COLUMNS = 1024  # with owners=tiles
 Shape = tuple[int, ...]
-FP8_PARTS = ("q", "q_a", "q_b", "kv_a", "kv_b", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,6 @@ def _piece(tensors: tuple[tuple[str, Shape], ...], owners: int, widest: int | No
     return -(-max(loads) // PIECE_UNIT) * PIECE_UNIT
 
 
-def in_fp8(name: str) -> bool:
-    """Whether the products of this weight take FP8 (V3 section 3.3): not embedding, head, norms, router, MTP
-    projection."""
-    return name.rpartition(".")[2] in FP8_PARTS
-
-
 def _layer_buckets(config: ModelConfig, name: str, moe: bool, expert: int, dense: int, routed: int) -> list[Bucket]:
     shapes = {n: s for n, s in layer_shapes(config, moe).items() if not is_router_bias(n)}
     local = {str(e) for e in range(config.num_routed_experts // expert)}
@@ -111,8 +105,8 @@ def rank_buckets(
             join: list[tuple[str, Shape]] = [(f"mtp.{k}.embed_norm", (d,)), (f"mtp.{k}.hidden_norm", (d,))]
             join += [(f"mtp.{k}.proj", (d, 2 * d)), (f"mtp.{k}.norm", (d,))]
             layer = _layer_buckets(config, f"mtp.{k}.layer", config.has_experts, expert, copies * expert, copies)
-            dense = Bucket(f"mtp.{k}.dense", (*layer[0].tensors, *join), copies * expert)
-            found += [dense, Bucket(f"mtp.{k}.experts", layer[1].tensors, copies)]
+            found.append(Bucket(f"mtp.{k}.dense", (*layer[0].tensors, *join), copies * expert))
+            found += [Bucket(f"mtp.{k}.experts", experts.tensors, copies) for experts in layer[1:]]
     if held[rank] & embeds:
         found.append(Bucket("embed", (("embed", (V, d)),), replicas(embeds) * expert))
     return sorted(found, key=lambda bucket: canonical_key(bucket.name), reverse=True)

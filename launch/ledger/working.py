@@ -27,8 +27,11 @@ def _widened(rows: int, width: int, choices: Choices) -> int:
 def attention_forward(config: ModelConfig, load: Load, choices: Choices) -> int:
     """Normed input, queries, keys with values, keys with rotary part, output (and its copy by token)."""
     N, c = load.tokens, config
-    out = c.v_head_dim * (2 if choices.working == "plain" else 1)
-    per_head = 2 * c.qk_head_dim + c.qk_nope_head_dim + c.v_head_dim + out
+    out = c.value_head_dim * (2 if choices.working == "plain" else 1)
+    if c.attention == "gqa":
+        per_head = c.head_dim + _repeated(c) + out
+    else:
+        per_head = 2 * c.qk_head_dim + c.qk_nope_head_dim + c.v_head_dim + out
     normed = BF16 * N * c.hidden_size + (rows_fp8(N, c.hidden_size) if choices.fp8 else 0)
     return BF16 * N * c.num_heads * per_head + normed
 
@@ -37,6 +40,12 @@ def attention_backward(config: ModelConfig, load: Load, choices: Choices) -> int
     """Queries, keys and values computed again, output and its gradient, the gradients of all three; in the plain code
     also their copies by token."""
     N, H, c = load.tokens, config.num_heads, config
+    if c.attention == "gqa":
+        core = c.head_dim + _repeated(c) + 5 * c.head_dim
+        shared = 2 * c.num_key_value_heads * c.head_dim
+        # By token, and of keys and values the sums over the query heads that share them.
+        copies = BF16 * N * (H * c.head_dim + shared) + FP32 * N * shared if choices.working == "plain" else 0
+        return BF16 * N * H * core + copies
     key_value = c.qk_nope_head_dim + c.v_head_dim
     core = 2 * c.qk_head_dim + key_value + 2 * c.v_head_dim + 2 * c.qk_head_dim + c.v_head_dim
     if choices.working == "lean":
@@ -44,6 +53,13 @@ def attention_backward(config: ModelConfig, load: Load, choices: Choices) -> int
     copies = c.qk_head_dim + key_value
     widened = 2 * _widened(N, H * key_value, choices) - FP32 * N * H * key_value if choices.fp8 else 0
     return BF16 * N * H * (core + copies) + widened
+
+
+def _repeated(config: ModelConfig) -> int:
+    """Of grouped-query attention, per head: rotated keys, and where heads share them keys and values of each."""
+    if config.num_key_value_heads == config.num_heads:
+        return config.head_dim
+    return 2 * config.head_dim + -(-config.num_key_value_heads * config.head_dim // config.num_heads)
 
 
 def mlp(load: Load, inner: int, hidden: int, choices: Choices) -> int:
@@ -74,11 +90,11 @@ def weight_gradient(config: ModelConfig, contents: Contents, expert: int, choice
     if choices.weight_gradients == "into":
         return 0
     d, c = config.hidden_size, config
-    sizes = [d * c.num_heads * c.v_head_dim, c.num_heads * c.qk_head_dim * (c.q_lora_rank or d)]
-    if contents.dense:
-        sizes.append(2 * c.intermediate_size * d)
-    if contents.moe or contents.mtp:
-        sizes.append(c.num_routed_experts // expert * 2 * c.moe_intermediate_size * d)
+    rank = c.q_lora_rank if c.attention == "mla" else 0
+    sizes = [d * c.num_heads * c.value_head_dim, c.num_heads * c.qk_head_dim * (rank or d)]
+    for moe, _ in contents.layers(config):
+        inner = c.num_routed_experts // expert * c.moe_intermediate_size if moe else c.intermediate_size
+        sizes.append(2 * inner * d)
     if contents.embed or contents.head:
         sizes.append(c.vocab_size * d)
     return FP32 * max(sizes)
@@ -91,10 +107,9 @@ def working_set(
     segments (a residual and what the next one takes) stand beside it."""
     between = 2 * BF16 * load.tokens * config.hidden_size
     sizes = [attention_backward(config, load, choices) if backward else attention_forward(config, load, choices)]
-    if contents.dense:
-        sizes.append(mlp(load, config.intermediate_size, config.hidden_size, choices))
-    if contents.moe or contents.mtp:
-        sizes.append(experts(config, load, choices))
+    for moe, _ in contents.layers(config):
+        dense = mlp(load, config.intermediate_size, config.hidden_size, choices)
+        sizes.append(experts(config, load, choices) if moe else dense)
     if contents.head and (not backward or choices.logits == "chunked"):
         sizes.append(head(config, load, choices))
     if backward:
@@ -105,7 +120,7 @@ def working_set(
 def all_to_all(config: ModelConfig, contents: Contents, load: Load, choices: Choices, backward: bool) -> int:
     """Of one chunk in flight: rows picked, packed and received. The larger of a scatter (FP8 rows; expert ids and
     router weights with them in the forward) and a gather (BF16 sums; router-weight gradients in the backward)."""
-    if not contents.moe and not contents.mtp:
+    if not any(moe for moe, _ in contents.layers(config)):
         return 0
     d, K, rows = config.hidden_size, config.experts_per_token, load.moved
     row = d + FP32 * tile_count(d, TILE) if choices.fp8 else BF16 * d

@@ -19,7 +19,7 @@ from launch.ledger.caches import stage_after_forward, stage_after_input_gradient
 from launch.ledger.choices import Choices
 from launch.ledger.layout import Contents, stage_contents
 from launch.ledger.load import Load, ranks_per_token
-from launch.ledger.state import held_state, in_fp8, rank_buckets
+from launch.ledger.state import held_state, rank_buckets
 from launch.ledger.timeline import QUEUED, walk
 from model.attention_core import Geometry
 from model.balance import BalanceWeights
@@ -29,6 +29,7 @@ from model.layer import TransformerLayer
 from model.mtp import MultiTokenPrediction
 from model.ops import Ops
 from model.partition import RankModel, stage_layout
+from model.precision import in_fp8
 from model.rope import Rotary
 from model.segments import ChunkContext, SegmentedLayer
 from model.stage import Chunk, Depth, LossScales, Output, TransformerStage
@@ -96,7 +97,7 @@ SEQUENCES, LENGTH = 2, 72
 def build(config: ModelConfig, contents: Contents, fp8: bool) -> TransformerStage:
     torch.manual_seed(3)
     ops = Ops(WeightGradStore(Drop()), torch.bfloat16, fp8, config.rms_norm_eps)
-    dispatcher = AllToAllDispatcher(config.num_routed_experts, None)
+    dispatcher = AllToAllDispatcher(config.num_routed_experts, None) if config.has_experts else None
 
     def filled(module: torch.nn.Module) -> torch.nn.Module:
         with torch.no_grad():
@@ -191,26 +192,34 @@ STAGES = {
     "head": Contents(0, 1, 1, 0, 0, False, True),
     "head and MTP": Contents(1, 3, 0, 2, 1, False, True),
 }
-CONFIGS = {
-    "as V3": {},
-    "queries not compressed": {"q_lora_rank": 0},
-    "two shared experts": {"num_shared_experts": 2},
+DENSE_MTP = {"dense head and MTP": Contents(1, 2, 1, 0, 1, False, True)}
+GROUPED = {"attention": "gqa", "num_key_value_heads": 2, "head_dim": 32}
+SOFTMAX = {"score_function": "softmax", "group_rule": "max", "router_bias": False}
+# Changes, and the stages that they are tried in.
+CONFIGS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "as V3": ({}, tuple(STAGES)),
+    "queries not compressed": ({"q_lora_rank": 0}, tuple(STAGES)),
+    "two shared experts": ({"num_shared_experts": 2}, tuple(STAGES)),
+    "grouped keys": (GROUPED, ("dense", "moe", "head and MTP")),
+    "multi-head": (GROUPED | {"num_key_value_heads": 4}, ("dense", "moe")),
+    "as V2": (SOFTMAX | {"renormalise": False}, ("moe", "head and MTP")),
+    "softmax, renormalised": (SOFTMAX, ("moe",)),
+    "as LLM": (GROUPED | {"num_routed_experts": 0}, ("dense", "first", "head", *DENSE_MTP)),
 }
 
 
 @pytest.mark.parametrize("caches", ["fp8", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("changes", CONFIGS)
-def test_cached_bytes_are_those_of_the_code(stage: str, changes: str, caches: str) -> None:
-    config = model_config("tiny", **(WIDE | CONFIGS[changes]))
-    after_forward, after_input, after_weights, load = measured(config, STAGES[stage], caches == "fp8")
+@pytest.mark.parametrize(("changes", "stage"), [(c, s) for c, (_, stages) in CONFIGS.items() for s in stages])
+def test_cached_bytes_are_those_of_the_code(changes: str, stage: str, caches: str) -> None:
+    config, contents = model_config("tiny", **(WIDE | CONFIGS[changes][0])), (STAGES | DENSE_MTP)[stage]
+    after_forward, after_input, after_weights, load = measured(config, contents, caches == "fp8")
     choices = Choices(caches=caches)
     # Losses and balance losses stay for the step: a few bytes, not the chunk's.
     few = after_weights
     assert few <= 64
-    expected = sum(stage_after_forward(config, STAGES[stage], load, choices).values())
+    expected = sum(stage_after_forward(config, contents, load, choices).values())
     assert after_forward - few == expected
-    queued = sum(stage_after_input_gradient(config, STAGES[stage], load, choices).values())
+    queued = sum(stage_after_input_gradient(config, contents, load, choices).values())
     assert after_input - few == queued
 
 
@@ -218,10 +227,18 @@ def test_cached_bytes_are_those_of_the_code(stage: str, changes: str, caches: st
 
 
 @pytest.mark.parametrize("rank", [0, 5, 11])
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
-def test_held_state_is_that_of_real_buckets(rank: int, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "expert"),
+    [
+        ({}, 2),
+        ({"tie_embeddings": True}, 2),
+        (GROUPED | SOFTMAX | {"renormalise": False, "mtp_depth": 0}, 2),
+        (GROUPED | {"num_routed_experts": 0}, 1),
+    ],
+)
+def test_held_state_is_that_of_real_buckets(rank: int, changes: dict[str, object], expert: int) -> None:
     config = model_config("tiny", **(WIDE | changes))
-    topology = Topology(data=2, pipeline=4, expert=2, rank=rank)
+    topology = Topology(data=4 // expert, pipeline=4, expert=expert, rank=rank)
     table = build_table("dualpipe", 4, 8)
     layout = stage_layout(config, table, "")
     specs = RankModel(config, topology, table, layout, torch.bfloat16).specs()
@@ -230,7 +247,7 @@ def test_held_state_is_that_of_real_buckets(rank: int, changes: dict[str, object
         grouped.setdefault(spec.bucket, []).append(spec)
     real = [Bucket(members, rank, None, torch.float32, torch.bfloat16, torch.float32) for members in grouped.values()]
     contents = stage_contents(config, layout)
-    buckets = rank_buckets(config, contents, table, topology.pipeline_rank, expert=2, data=2)
+    buckets = rank_buckets(config, contents, table, topology.pipeline_rank, expert, topology.data)
     assert {b.name: (b.elements, b.owners, b.piece()) for b in buckets} == {
         b.name: (sum(s.parameter.numel() for s in b.specs), b.owners, b.piece) for b in real
     }
@@ -306,6 +323,42 @@ def test_boundaries_by_hand() -> None:
 V3 = ["model=v3", "pipeline=16", "expert=64", "ranks=2048", "micro_batches=24,30,60,120"]
 
 
+@pytest.mark.parametrize(
+    ("model", "expert", "parameters"),
+    [
+        ("v2", 8, 235_741_434_880),
+        ("v2_lite", 8, 15_706_484_224),
+        ("moe_16b", 8, 16_375_728_128),
+        ("llm_67b", 1, 67_425_001_472),
+    ],
+)
+def test_every_family_has_a_ledger(
+    model: str, expert: int, parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All parameters are on some rank: experts on `expert` of them, and all but the embedding and head twice."""
+    arguments = [
+        f"model={model}",
+        "pipeline=4",
+        f"expert={expert}",
+        f"ranks={16 * expert}",
+        "micro_batches=8",
+        "budget=1e12",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    last = json.loads(printed.splitlines()[-1])
+    assert last["parameters"] == parameters
+    assert ("dense, after F" in printed) and (("MoE, after F" in printed) == (expert > 1))
+    assert ("rows dispatched here" in printed) == (expert > 1)
+    config = model_config(model)
+    table = build_table("dualpipe", 4, 8)
+    layout = stage_layout(config, table, "")
+    for found in last["classes"]:
+        for rank in found["ranks"]:
+            real = RankModel(config, Topology(4, 4, expert, rank * expert), table, layout, torch.bfloat16, "meta")
+            assert sum(p.numel() for p in real.parameters()) == found["parameters"]
+
+
 @pytest.mark.slow
 def test_the_document_holds_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*V3, f"out={tmp_path}"]) == 0
@@ -327,6 +380,8 @@ def test_the_document_holds_what_the_command_prints(tmp_path: Path, capsys: pyte
         (V3[1:], "model missing"),
         ([*V3, "model=v3"], "given twice"),
         ([*V3, "colour=red"], "must be KEY=VALUE"),
+        ([*V3, "model.num_layer=3"], "did you mean model.num_layers?"),
+        (["model=llm_67b", *V3[1:]], "must divide the model's 0 experts"),
         (["model=v9", *V3[1:]], "unknown; allowed: demo, demo_llm, demo_v2, llm_67b"),
         ([*V3[:3], "ranks=2000", V3[4]], "multiple of pipeline x expert = 1024"),
         ([*V3[:4], "micro_batches=25"], "must be an even number"),
