@@ -51,7 +51,9 @@ class Bucket:
 
     def piece(self, widest: int | None = None) -> int:
         """Elements that each owner holds, padding included. widest: columns of a unit at most (None: whole rows)."""
-        return _piece(self.tensors, self.owners, widest)
+        # Layers that are alike share one computation.
+        alike = tuple((re.sub(r"^(layers|mtp)\.\d+\.", r"\1.0.", name), shape) for name, shape in self.tensors)
+        return _piece(alike, self.owners, widest)
 
 
 def _place(name: str) -> tuple[object, ...]:
