@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from train.console import short
+from train.model_flops import engineering, stage_flops
 from train.record import RunRecord, label_name, language_name
 from train.verdict import Check, Grade, Verdict
 
@@ -168,6 +169,10 @@ def _facts(run: RunRecord) -> str:
         )
     if precision:
         facts.append(("precision", ", ".join(f"{key} {value}" for key, value in precision.items())))
+    for stage in stage_flops(run):
+        speed = "" if stage.per_second is None else f", {engineering(stage.per_second)}FLOPs per second on all ranks"
+        per_token = f"{engineering(stage.per_token)}FLOPs per token at {stage.length:,}"
+        facts.append((f"model FLOPs, {stage.name}", f"{per_token} (causal, without MTP and recomputation){speed}"))
     facts += [(key, str(run.config[key])) for key in ("seed",) if key in run.config]
     if not facts:
         return ""

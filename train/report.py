@@ -22,6 +22,7 @@ from rich.console import Console
 from parallel.schedule.drawing import Panel, draw_timelines
 from train.figures import evaluation_figure, expert_figure, loss_figure, throughput_figure
 from train.metrics import write_text_atomically
+from train.model_flops import stage_flops
 from train.page import MARK, Picture, page
 from train.record import RecordError, RunRecord, read_run
 from train.verdict import Grade, Verdict, judge
@@ -119,6 +120,10 @@ def summary(run: RunRecord, verdict: Verdict, path: Path) -> dict[str, Any]:
         "tokens": int(run.tokens[-1]),
         "loss": _last(run, "train/loss"),
         "tokens_per_s": _median(run, "perf/tokens_per_s"),
+        "model_flops": {
+            stage.name: {"length": stage.length, "per_token": stage.per_token, "per_s": stage.per_second}
+            for stage in stage_flops(run)
+        },
         "bits_per_byte": evaluation,
         "baselines": run.baselines,
         **({"data": run.data} if run.data else {}),
