@@ -102,8 +102,10 @@ def _experts(r: Random, layers: int, most_groups: int = 4) -> dict[str, Any]:
     }
 
 
-def _grouped(r: Random, heads: int) -> dict[str, Any]:
-    return GROUPED | {"num_key_value_heads": r.choice([n for n in range(1, heads + 1) if heads % n == 0])}
+def _grouped(r: Random) -> dict[str, Any]:
+    heads = r.choice([1, 3, 4, 6])
+    shared = r.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    return GROUPED | {"num_heads": heads, "num_key_value_heads": shared}
 
 
 def _length(r: Random) -> int:
@@ -122,15 +124,15 @@ def v2_model(r: Random) -> Drawn:
 
 
 def llama_model(r: Random) -> Drawn:
-    fields = _common(r)
-    fields |= _grouped(r, fields["num_heads"]) | DENSE | {"first_dense_layers": fields["num_layers"]}
+    fields = _common(r) | _grouped(r)
+    fields |= DENSE | {"first_dense_layers": fields["num_layers"]}
     fields |= {"head_dim": r.choice([2, 4, 6, 10]), "rms_norm_eps": r.choice([1e-6, 1e-5])}
     return checked("llama", fields), _length(r)
 
 
 def deepseek_moe_model(r: Random) -> Drawn:
     """DeepSeekMoE 16B's shape, or (sigmoid, bias, renormalised) that of the loss-free balancing study."""
-    fields = _common(r) | {"head_dim": 2 * r.randint(1, 4)}
-    fields |= _grouped(r, fields["num_heads"]) | _experts(r, fields["num_layers"], most_groups=1)
+    fields = _common(r) | _grouped(r) | {"head_dim": 2 * r.randint(1, 4)}
+    fields |= _experts(r, fields["num_layers"], most_groups=1)
     fields |= r.choice([SOFTMAX, SOFTMAX, SIGMOID | {"renormalise": True}]) | {"group_rule": "max"}
     return checked("deepseek", fields | {"routed_scaling_factor": 1.0}), PLAIN

@@ -75,10 +75,13 @@ def test_v2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    conditions: dict[str, Callable[[ModelConfig], bool]] = {
+        "multi-head": lambda c: c.num_key_value_heads == c.num_heads,
+        "several groups of heads": lambda c: 1 < c.num_key_value_heads < c.num_heads,
+        "tied": lambda c: c.tie_embeddings,
+    }
     seen = compare_drawn("llama", 12, monkeypatch)
-    assert_both(
-        seen, {"multi-head": lambda c: c.num_key_value_heads == c.num_heads, "tied": lambda c: c.tie_embeddings}
-    )
+    assert_both(seen, conditions)
     assert len({config.num_heads // config.num_key_value_heads for config, _ in seen}) >= 3
 
 

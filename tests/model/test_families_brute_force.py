@@ -127,6 +127,7 @@ def test_random_models() -> None:
     assert len(found) >= 12 and zeros < 0.1 * tensors
     assert {config.score_function for config in seen} == {"softmax", "sigmoid"}
     assert len({config.num_heads == config.num_key_value_heads for config in seen}) == 2
+    assert any(1 < config.num_key_value_heads < config.num_heads for config in seen)
     assert len({config.first_dense_layers > 0 for config in seen}) == 2
 
 
