@@ -25,6 +25,11 @@ class BalanceWeights:
     device: float = 0.0
     communication: float = 0.0
 
+    @property
+    def asked(self) -> bool:
+        """Whether any is not 0."""
+        return any(vars(self).values())
+
     def over(self, sequences: int) -> BalanceWeights:
         """Each divided by the sequences of a step."""
         return BalanceWeights(**{name: weight / max(sequences, 1) for name, weight in vars(self).items()})

@@ -55,6 +55,7 @@ class LayerState:
     box: Box = field(default_factory=Box)
     again: Cell[torch.Tensor] | None = None
     expert_index_NK: torch.Tensor | None = None
+    balanced: bool = False
 
 
 @dataclass
@@ -86,7 +87,7 @@ class SegmentedLayer:
     # Segments -------------------------------------------------------------------------------------------------------
 
     def _attention(self, x: torch.Tensor, context: ChunkContext, state: LayerState) -> tuple[torch.Tensor, ...]:
-        """x -> residual h, normed MLP input n (, router weights [N, K], scaled balance loss)."""
+        """x -> residual h, normed MLP input n (, router weights [N, K] (, scaled balance loss if one is asked for))."""
         layer, ops, name = self.layer, self.ops, f"{self.name}.attention"
         m = layer.attention
         normed, again = ops.rmsnorm(x, layer.attn_norm)
@@ -112,6 +113,9 @@ class SegmentedLayer:
             self.load_E += expert_load(index_NK, self.config.num_routed_experts, context.real_N)
         g = context.geometry
         shape = (g.sequences, g.length)
+        weights_NK = expert_weights(scores_NE, index_NK, self.config)
+        if not context.balance.asked:
+            return h, n, weights_NK
         balance = weighted_balance(
             scores_NE.unflatten(0, shape),
             index_NK.unflatten(0, shape),
@@ -119,7 +123,7 @@ class SegmentedLayer:
             context.real_N.view(shape),
             context.balance,
         )
-        return h, n, expert_weights(scores_NE, index_NK, self.config), balance
+        return h, n, weights_NK, balance
 
     def _mlp(self, n: torch.Tensor, state: LayerState) -> tuple[torch.Tensor]:
         """The dense MLP, or the shared expert."""
@@ -176,7 +180,9 @@ class SegmentedLayer:
         assert self.dispatcher is not None and state.expert_index_NK is not None
         dispatcher = self.dispatcher
         weights_NK = outputs[2]
-        self.balance = self.balance + outputs[3]
+        state.balanced = len(outputs) == 4
+        if state.balanced:
+            self.balance = self.balance + outputs[3]
         payload = self.ops.payload(n)
         ready = (dispatcher.mark(),)
         state.route = dispatcher.plan(state.expert_index_NK, ready)
@@ -247,7 +253,7 @@ class SegmentedLayer:
             back, dweights = moving.wait()
             dn = dn + back
             one = torch.ones((), dtype=torch.promote_types(ops.dtype, torch.float32), device=dn.device)
-            (dx,) = state.attention.backward(store, dy, dn, dweights, one)
+            (dx,) = state.attention.backward(store, dy, dn, dweights, *([one] if state.balanced else []))
             del back
         else:
             (dx,) = state.attention.backward(store, dy, dn)

@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dense, grouped queries (LLM)": {"moe": False, **GQA},
     "dense, multi-head, adjacent pairs": {"moe": False, **GQA, "num_key_value_heads": 6, "rope_interleaved": True},
+    "moe, no balance loss": {"moe": True, "balance": BalanceWeights()},
     "dense, latent, rotary halves": {"moe": False, "rope_interleaved": False},
     "moe, all tokens to one expert": {"moe": True, "experts_per_token": 1, "favourite": 5},
 }
@@ -75,7 +76,9 @@ class Setting:
     sink: Sink
 
 
-def setting(moe: bool, padding: bool = False, favourite: int | None = None, **changes: Any) -> Setting:
+def setting(
+    moe: bool, padding: bool = False, favourite: int | None = None, balance: BalanceWeights = BALANCE, **changes: Any
+) -> Setting:
     config = model_config("tiny", **changes)
     layer = TransformerLayer(config, moe, dtype=torch.float64)
     initialize(layer, config, seed=5, prefix="layers.1." if moe else "layers.0.")
@@ -103,7 +106,7 @@ def setting(moe: bool, padding: bool = False, favourite: int | None = None, **ch
         real[0, 4:] = False
         real[1, 1] = False
     geometry = Geometry(SEQUENCES, LENGTH, cos, sin, rotary.softmax_scale)
-    context = ChunkContext(geometry, real.flatten(), BALANCE)
+    context = ChunkContext(geometry, real.flatten(), balance)
     segmented = SegmentedLayer(layer, "layers.1", ops, dispatcher)
     shape = SEQUENCES, LENGTH, config.hidden_size
     return Setting(layer, segmented, context, draw(*shape), draw(*shape), sink)
@@ -157,7 +160,8 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
     plain, statistics = s.layer(x, g.cos_TP, g.sin_TP, g.softmax_scale, real_BT)
     loss = (plain * s.dy_BTd).sum()
     if statistics is not None:
-        balance = sum(vars(BALANCE)[kind] * loss_B.sum() for kind, loss_B in statistics.balance.items())
+        weights = vars(s.context.balance)
+        balance = sum(weights[kind] * loss_B.sum() for kind, loss_B in statistics.balance.items())
         loss = loss + balance
     loss.backward()
 
