@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], ParallelConfig]] = {
         {**GQA, **SOFTMAX, "num_expert_groups": 1, "groups_per_token": 1, "mtp_depth": 0},
         ParallelConfig(pipeline=2, expert=2),
     ),
+    "v3 with two MTP depths": ({"mtp_depth": 2}, ParallelConfig(pipeline=2, expert=2, schedule="dualpipe")),
     "llm with MTP": (
         {**GQA, "num_routed_experts": 0, "router_bias": False},
         ParallelConfig(pipeline=2, data=2, schedule="dualpipe"),
