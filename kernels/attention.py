@@ -1,16 +1,22 @@
-"""Causal attention core of MLA: head width of q and k may differ from that of v.
+"""Causal attention core: head width of q and k may differ from that of v.
 
 Shapes: B sequences, H heads, T positions, K query/key width, V value width (V <= K).
 Computed in FP32 at least (float64 stays; BF16 attention takes four times as long on a CPU), rounded once to q's dtype.
-The fast path is torch's CPU flash attention with v widened to K by zeros, which leaves scores and sums untouched;
-other devices take the plain path. `attention_reference` and its backward are the definition.
+The fast path takes blocks of queries against the keys up to the block's end, some heads at a time, so that scores stay
+in the cache and half of them are never made; other devices take the plain path. `attention_reference` and its backward
+are the definition. Results are [B, H, T, ...] views of [B, T, H, ...] memory, as projections want them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+# Queries of a block, and most scores of one tile.
+BLOCK = 64
+TILE = 1 << 19
 
 
 def attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -19,11 +25,20 @@ def attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> t
     if q_BHTK.device.type != "cpu":
         return attention_reference(q_BHTK, k_BHTK, v_BHTV, scale)
     compute = torch.promote_types(q_BHTK.dtype, torch.float32)
-    width, value_width = q_BHTK.shape[-1], v_BHTV.shape[-1]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BHTK.to(compute), k_BHTK.to(compute), _widen(v_BHTV, width, compute), 0.0, True, scale=scale
-    )
-    return out[..., :value_width].to(q_BHTK.dtype), lse
+    q, k, v = q_BHTK.to(compute), k_BHTK.to(compute), v_BHTV.to(compute)
+    out, lse_BHT1 = _like(v_BHTV, q_BHTK.dtype), q.new_empty((*q.shape[:-1], 1))
+    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
+    scratch = q.new_empty(_scratch(q))
+    for b, heads, first, last in _blocks(q):
+        rows = (b, heads, slice(first, last))
+        score = _tile(scratch, heads, last - first, last)
+        torch.baddbmm(score, q[rows], k[b, heads, :last].mT, beta=0, alpha=scale, out=score)
+        score[:, :, first:].add_(future[: last - first, : last - first])
+        highest = score.amax(-1, keepdim=True)
+        total = score.sub_(highest).exp_().sum(-1, keepdim=True)
+        out[rows] = torch.bmm(score, v[b, heads, :last]).div_(total)
+        lse_BHT1[rows] = total.log_().add_(highest)
+    return out, lse_BHT1.squeeze(-1)
 
 
 def attention_backward(
@@ -33,20 +48,59 @@ def attention_backward(
     _check(q_BHTK, k_BHTK, v_BHTV)
     if q_BHTK.device.type != "cpu":
         return attention_backward_reference(dout_BHTV, q_BHTK, k_BHTK, v_BHTV, out_BHTV, lse_BHT, scale)
-    compute = torch.promote_types(q_BHTK.dtype, torch.float32)
-    width, value_width = q_BHTK.shape[-1], v_BHTV.shape[-1]
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _widen(dout_BHTV, width, compute),
-        q_BHTK.to(compute),
-        k_BHTK.to(compute),
-        _widen(v_BHTV, width, compute),
-        _widen(out_BHTV, width, compute),
-        lse_BHT.to(compute),
-        0.0,
-        True,
-        scale=scale,
-    )
-    return dq.to(q_BHTK.dtype), dk.to(q_BHTK.dtype), dv[..., :value_width].to(q_BHTK.dtype)
+    dtype = q_BHTK.dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    q, k, v, dout = q_BHTK.to(compute), k_BHTK.to(compute), v_BHTV.to(compute), dout_BHTV.to(compute)
+    negative_lse = lse_BHT.to(compute).neg().unsqueeze(-1)
+    negative_delta = torch.linalg.vecdot(dout, out_BHTV.to(compute)).neg_().unsqueeze(-1)
+    dq, dk, dv = _like(q, dtype), _like(k, dtype), _like(v, dtype)
+    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
+    probabilities, dscores = q.new_empty(2, _scratch(q)).unbind()
+    dkeys = dvalues = q
+    for b, heads, first, last in _blocks(q):
+        if not first:
+            dkeys, dvalues = torch.zeros_like(k[b, heads]), torch.zeros_like(v[b, heads])
+        rows, length = (b, heads, slice(first, last)), last - first
+        keys, values = k[b, heads, :last], v[b, heads, :last]
+        probability = _tile(probabilities, heads, length, last).copy_(negative_lse[rows])
+        torch.baddbmm(probability, q[rows], keys.mT, alpha=scale, out=probability)
+        probability[:, :, first:].add_(future[:length, :length])
+        probability.exp_()
+        dvalues[:, :last] += torch.bmm(probability.mT, dout[rows])
+        dscore = _tile(dscores, heads, length, last).copy_(negative_delta[rows])
+        torch.baddbmm(dscore, dout[rows], values.mT, out=dscore).mul_(probability)
+        torch.mul(torch.bmm(dscore, keys), scale, out=dq[rows])
+        dkeys[:, :last] += torch.bmm(dscore.mT, q[rows])
+        if last == q.shape[2]:
+            torch.mul(dkeys, scale, out=dk[b, heads])
+            dv[b, heads] = dvalues
+    return dq, dk, dv
+
+
+def _blocks(q: Tensor) -> Iterator[tuple[int, slice, int, int]]:
+    """(sequence, heads, first query, last query) of every tile, blocks of queries innermost."""
+    B, H, T, _ = q.shape
+    together = max(1, TILE // (BLOCK * max(T, 1)))
+    for b in range(B):
+        for head in range(0, H, together):
+            for first in range(0, T, BLOCK):
+                yield b, slice(head, min(head + together, H)), first, min(first + BLOCK, T)
+
+
+def _scratch(q: Tensor) -> int:
+    """Elements of the largest tile."""
+    return min(q.shape[1], max(1, TILE // (BLOCK * max(q.shape[2], 1)))) * BLOCK * q.shape[2]
+
+
+def _tile(scratch: Tensor, heads: slice, rows: int, columns: int) -> Tensor:
+    together = heads.stop - heads.start
+    return scratch[: together * rows * columns].view(together, rows, columns)
+
+
+def _like(x_BHTW: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [B, H, T, W], laid out [B, T, H, W]."""
+    B, H, T, W = x_BHTW.shape
+    return x_BHTW.new_empty((B, T, H, W), dtype=dtype).transpose(1, 2)
 
 
 def attention_reference(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,10 +126,6 @@ def attention_backward_reference(
 def _masked_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu_(1)
     return (q @ k.mT).mul_(scale).masked_fill_(future, float("-inf"))
-
-
-def _widen(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return F.pad(x.to(dtype), (0, width - x.shape[-1]))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

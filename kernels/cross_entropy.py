@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 # Elements per piece of rows.
-PIECE = 1 << 17
+PIECE = 1 << 19
 
 
 def cross_entropy(logits_MV: Tensor, labels_M: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -62,14 +62,22 @@ def cross_entropy_and_gradient(
     dlogits_MV = logits_MV if in_place else torch.empty_like(logits_MV)
     scale_M = _row_scale(scale, logits_MV, compute)
     for rows in _pieces(logits_MV):
-        wide = logits_MV[rows].to(compute)
-        probability = torch.softmax(wide, -1)
-        # The largest probability is exp(0) / sum, so the sum comes back without another pass of exponentials.
-        lse = wide.amax(-1) - probability.amax(-1).log_()
-        ignored = labels_M[rows] == ignore_index
-        picked = wide.gather(1, labels_M[rows].masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
-        loss_M[rows] = (lse - picked).masked_fill_(ignored, 0.0)
-        dlogits_MV[rows] = _subtract_labels(probability, labels_M[rows], scale_M[rows], ignore_index)
+        wide, out, labels = logits_MV[rows].to(compute), dlogits_MV[rows], labels_M[rows]
+        ignored = labels == ignore_index
+        label_M1 = labels.masked_fill(ignored, 0).unsqueeze(1)
+        highest = wide.amax(-1, keepdim=True)
+        picked = wide.gather(1, label_M1)
+        # The exponentials take the place of what they are made of wherever that is not wanted any more.
+        target = out if out.dtype == compute else wide
+        exponential = torch.sub(wide, highest, out=target).exp_()
+        total = exponential.sum(-1, keepdim=True)
+        scale_M1 = scale_M[rows].unsqueeze(1)
+        exponential.mul_(scale_M1 / total).scatter_add_(1, label_M1, -scale_M1)
+        loss = total.log_().add_(highest).sub_(picked).squeeze(1)
+        loss_M[rows] = loss.masked_fill_(ignored, 0.0)
+        _clear(exponential, ignored)
+        if target is not out:
+            out.copy_(exponential)
     return loss_M, dlogits_MV
 
 
@@ -89,6 +97,14 @@ def _subtract_labels(probability: Tensor, labels_M: Tensor, scale_M: Tensor, ign
     ignored = labels_M == ignore_index
     rows = torch.arange(labels_M.shape[0], device=labels_M.device)
     probability[rows, labels_M.masked_fill(ignored, 0)] -= 1.0
-    probability.mul_(scale_M.unsqueeze(-1))
-    # Not a factor of zero: an ignored row may hold anything, NaN too. Nor a test for any: the host would wait for it.
-    return probability.masked_fill_(ignored.unsqueeze(-1), 0.0)
+    return _clear(probability.mul_(scale_M.unsqueeze(-1)), ignored)
+
+
+def _clear(x_MV: Tensor, ignored_M: Tensor) -> Tensor:
+    """Zero the ignored rows, in place. Not by a factor of zero: an ignored row may hold anything, NaN too."""
+    if x_MV.device.type != "cpu":
+        # Nor after a test for any: the host would wait for it.
+        return x_MV.masked_fill_(ignored_M.unsqueeze(-1), 0.0)
+    if ignored_M.any():
+        x_MV[ignored_M] = 0.0
+    return x_MV

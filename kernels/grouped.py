@@ -7,7 +7,7 @@ are fine. Numbers and dtypes are those of `kernels.gemm`; its products, expert b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,11 +64,12 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
             )
     dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
     out = dy_NM.new_empty((len(groups), dy_NM.shape[0], x_KM.shape[0]))
-    for expert, count in enumerate(groups):
-        if not count:
-            out[expert].zero_()
-    for expert, rows in _groups(groups):
-        torch.mm(dy_NM[:, rows], x_KM[:, rows].t(), out=out[expert])
+    operands = zip(groups, dy_NM.split(groups, 1), x_KM.t().split(groups), out.unbind(), strict=True)
+    for count, dy_Nm, x_mK, out_NK in operands:
+        if count:
+            torch.mm(dy_Nm, x_mK, out=out_NK)
+        else:
+            out_NK.zero_()
     report(name, "wgrad", dy, x, out)
     return out if into is None else into.add_(out)
 
@@ -78,9 +79,11 @@ def _by_expert(rows: Operand, weights: Operand, counts: Sequence[int], transpose
     matrix."""
     wide = widen(rows)
     out = wide.new_empty((wide.shape[0], weights.shape[1 if transpose else 2]))
-    for expert, group in _groups(counts):
-        weight = _widen_expert(weights, expert)
-        torch.mm(wide[group], weight.t() if transpose else weight, out=out[group])
+    groups = [int(count) for count in counts]
+    for expert, (x, y) in enumerate(zip(wide.split(groups), out.split(groups), strict=True)):
+        if groups[expert]:
+            weight = _widen_expert(weights, expert)
+            torch.mm(x, weight.t() if transpose else weight, out=y)
     return out
 
 
@@ -96,15 +99,6 @@ def _widen_expert(weights: Operand, expert: int) -> Tensor:
 def _tokens_last(operand: Operand) -> Tensor:
     """[features, M] without padding."""
     return dequantize_groups(operand) if isinstance(operand, Quantized) else widen(operand).t()
-
-
-def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
 
 
 def _check_counts(kind: str, counts: Sequence[int], experts: int, rows: int) -> None:

@@ -18,20 +18,22 @@ def rmsnorm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
 def rmsnorm_backward(dy: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dy, x [..., D] -> (dx [..., D] in x's dtype, dgain [D] in FP32 at least).
 
-    With n = x / rms and h = dy * gain: dx = (h - n * mean(h * n)) / rms, dgain = sum over rows of dy * n.
+    With r = 1 / rms and s = sum(dy * x * gain): dx = r * dy * gain - r^3 * s / D * x, dgain = sum over rows of
+    r * dy * x.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide_dy = dy.to(wide.dtype)
-    inverse_rms = _inverse_rms(wide, eps)
-    normalised = wide * inverse_rms
-    product = wide_dy * normalised
-    dgain_D = product.reshape(-1, product.shape[-1]).sum(0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
+    wide_dy = dy.to(wide.dtype).reshape(wide.shape)
     gain = gain_D.to(wide.dtype)
-    # mean(h * n) as a matrix-vector product: one pass over `product` instead of two.
-    projection = (product @ gain).div_(x.shape[-1]).unsqueeze(-1)
-    dx = (wide_dy * gain).addcmul_(normalised, projection, value=-1).mul_(inverse_rms)
-    return dx.to(x.dtype), dgain_D
+    inverse_rms = _inverse_rms(wide, eps)
+    product = wide_dy * wide
+    # Both sums over `product` as matrix-vector products: one pass each.
+    dgain_D = product.t() @ inverse_rms.squeeze(-1)
+    projection = (product @ gain).div_(-x.shape[-1]).unsqueeze(-1).mul_(inverse_rms.pow(3))
+    dx = torch.mul(wide_dy, gain, out=product).mul_(inverse_rms).addcmul_(wide, projection)
+    return dx.to(x.dtype).view(x.shape), dgain_D
 
 
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
-    return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    # The root of the sum of squares in one pass, without a tensor of squares.
+    root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return root.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()

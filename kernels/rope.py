@@ -24,6 +24,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Ten
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """`rotate` in place, without a copy where pairs can be seen as complex numbers in the precision of the product."""
+    aligned = not any(stride % 2 for stride in (*x.stride()[:-1], x.storage_offset()))
+    if interleaved and aligned and x.stride(-1) == 1 and x.dtype == torch.promote_types(x.dtype, torch.float32):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.complex(cos.to(x.dtype), sin.to(x.dtype)))
+        return x
+    return x.copy_(rotate(x, cos, sin, interleaved))
+
+
 def rotate_back(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
     """The inverse rotation, which is the transpose: the backward of `rotate`."""
     return rotate(x, cos, -sin, interleaved)

@@ -7,9 +7,14 @@ from gate_up, which is all that is kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Elements per piece of rows: a piece and its temporaries stay in the cache.
+PIECE = 1 << 19
 
 
 def swiglu(gate_up: Tensor, row_weight_M: Tensor | None = None) -> Tensor:
@@ -23,20 +28,31 @@ def swiglu(gate_up: Tensor, row_weight_M: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor, row_weight_M: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """dy [M, F] -> (dgate_up [M, 2F] in gate_up's dtype, drow_weight [M] in FP32 at least, None without weights)."""
-    wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
-    wide_dy = dy.to(wide.dtype)
-    gate, up = wide.chunk(2, -1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    drow_weight_M = None
-    if row_weight_M is not None:
-        drow_weight_M = (silu * up).mul_(wide_dy).sum(-1)
-        wide_dy = wide_dy * row_weight_M.to(wide.dtype).unsqueeze(-1)
-    dgate_up = torch.empty_like(wide)
-    dgate, dup = dgate_up.chunk(2, -1)
-    torch.mul(wide_dy, silu, out=dup)
-    # silu'(g) = s * (1 + g * (1 - s)) = s + silu(g) * (1 - s)
-    slope = torch.addcmul(sigmoid, silu, 1.0 - sigmoid)
-    torch.mul(slope, up, out=dgate).mul_(wide_dy)
-    return dgate_up.to(gate_up.dtype), drow_weight_M
+    """dy [M, F] -> (dgate_up [M, 2F] in gate_up's dtype, drow_weight [M] in FP32 at least, None without weights).
+
+    With s = sigmoid(gate), for a weight of 1: dup = dy s gate, drow_weight = sum(dup up),
+    dgate = dy s (1 + gate (1 - s)) up = (dy s + dup (1 - s)) up.
+    """
+    compute = torch.promote_types(gate_up.dtype, torch.float32)
+    dgate_up = torch.empty_like(gate_up)
+    drow_weight_M = None if row_weight_M is None else dy.new_empty(dy.shape[0], dtype=compute)
+    for rows in _pieces(gate_up):
+        gate, up = gate_up[rows].to(compute).chunk(2, -1)
+        sigmoid = torch.sigmoid(gate)
+        inner = dy[rows].to(compute) * sigmoid
+        out = dgate_up[rows]
+        wide_out = out if out.dtype == compute else torch.empty_like(out, dtype=compute)
+        dgate, dup = wide_out.chunk(2, -1)
+        torch.mul(inner, gate, out=dup)
+        torch.mul(inner.addcmul_(dup, sigmoid.neg_().add_(1.0)), up, out=dgate)
+        if row_weight_M is not None and drow_weight_M is not None:
+            drow_weight_M[rows] = torch.linalg.vecdot(dup, up)
+            wide_out.mul_(row_weight_M[rows].to(compute).unsqueeze(-1))
+        if wide_out is not out:
+            out.copy_(wide_out)
+    return dgate_up, drow_weight_M
+
+
+def _pieces(gate_up: Tensor) -> Iterator[slice]:
+    count = max(1, PIECE // max(1, gate_up.shape[1])) if gate_up.device.type == "cpu" else max(1, len(gate_up))
+    return (slice(first, first + count) for first in range(0, len(gate_up), count))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import attention as module
 from kernels.attention import attention, attention_backward, attention_backward_reference, attention_reference
 from tests.kernels.oracles import gradients, largest_error
 
@@ -65,6 +66,18 @@ def test_the_future_is_not_seen() -> None:
     before, after = attention(q, k, v, 0.3)[0], attention(q, changed_k, changed_v, 0.3)[0]
     assert largest_error(after[:, :, :25], before[:, :, :25]) < 1e-6
     assert largest_error(after[:, :, 25:], before[:, :, 25:]) > 1
+
+
+@pytest.mark.parametrize("tile", [1, 2 * 64 * 130, 1 << 30])
+def test_heads_one_by_one_in_pairs_or_all_together(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TILE", tile)
+    q, k, v, dout = inputs((2, 3, 130, 24, 16), torch.float64)
+    out, lse = attention(q, k, v, 0.3)
+    expected, expected_lse = attention_reference(q, k, v, 0.3)
+    assert largest_error(out, expected) < 1e-13 and largest_error(lse, expected_lse) < 1e-13
+    found = attention_backward(dout, q, k, v, out, lse, 0.3)
+    for gradient, expected in zip(found, attention_backward_reference(dout, q, k, v, out, lse, 0.3), strict=True):
+        assert largest_error(gradient, expected) < 1e-13
 
 
 def test_widths_that_do_not_fit_are_refused() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.norm import rmsnorm, rmsnorm_backward
-from kernels.rope import rotate, rotate_back, rotate_reference
+from kernels.rope import rotate, rotate_, rotate_back, rotate_reference
 from kernels.swiglu import swiglu, swiglu_backward
 from tests.kernels.oracles import gradients, largest_error
 
@@ -118,6 +118,19 @@ def test_rope_of_slices_with_heads_behind_positions() -> None:
     x = wide[..., 5:]
     expected = rotate(x.transpose(1, 2).contiguous(), cos, sin).transpose(1, 2)
     assert largest_error(rotate(x, cos[:, None], sin[:, None]), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", list(LIMIT))
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("before", [4, 3])
+def test_rope_in_place_changes_its_slice_alone(dtype: torch.dtype, interleaved: bool, before: int) -> None:
+    """Of an even width before it, whose pairs are complex numbers as they lie, and of an odd one."""
+    heads = torch.randn(2, 5, 3, before + 8, dtype=torch.float64).to(dtype).transpose(1, 2)
+    cos, sin = torch.rand(2, 5, 4, dtype=torch.promote_types(dtype, torch.float32))
+    beside, expected = heads[..., :before].clone(), rotate(heads[..., before:], cos, sin, interleaved)
+    rotate_(heads[..., before:], cos, sin, interleaved)
+    assert torch.equal(heads[..., :before], beside)
+    assert largest_error(heads[..., before:], expected) < LIMIT[dtype]
 
 
 def test_inputs_are_not_changed() -> None:
