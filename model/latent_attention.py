@@ -14,11 +14,10 @@ import torch
 
 from kernels import attention as kernel
 from kernels import norm
-from kernels.rope import rotate, rotate_back
+from kernels.rope import rotate, rotate_
 from model.attention import Attention
 from model.attention_core import Geometry
 from model.ops import Input, Ops
-from model.recompute import Cell
 
 
 @dataclass
@@ -37,6 +36,7 @@ class LatentAttention:
         self.module, self.ops, self.geometry, self.name = module, ops, geometry, name
         config = module.config
         self.heads, self.nope, self.value = config.num_heads, config.qk_nope_head_dim, config.v_head_dim
+        self._expanded: _Expanded | None = None
         self.rope, self.latent, self.compressed = config.qk_rope_head_dim, config.kv_lora_rank, config.q_lora_rank > 0
 
     def project(self, x: torch.Tensor, given: Input) -> tuple[torch.Tensor, ...]:
@@ -46,9 +46,13 @@ class LatentAttention:
         q_latent = ops.linear(x, first[1], given, f"{self.name}.{first[0]}")
         return q_latent, ops.linear(x, m.kv_a, given, f"{self.name}.kv_a")
 
-    def _rotate(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         g = self.geometry
-        return (rotate_back if back else rotate)(x, g.cos_TP, g.sin_TP, self.module.config.rope_interleaved)
+        return rotate(x, g.cos_TP, g.sin_TP, self.module.config.rope_interleaved)
+
+    def _rotate_in_place(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        g = self.geometry
+        return rotate_(x, g.cos_TP, -g.sin_TP if back else g.sin_TP, self.module.config.rope_interleaved)
 
     def expand(self, q_latent: torch.Tensor, kv_latent: torch.Tensor) -> _Expanded:
         """Queries, keys and values from the latents ([N, q_rank], [N, kv_rank + R])."""
@@ -57,16 +61,17 @@ class LatentAttention:
         if self.compressed:
             q_norm_gain = m.q_norm.detach()
             q_normed = norm.rmsnorm(q_latent, q_norm_gain, ops.eps)
-            q_input = ops.recomputed(q_normed, Cell(lambda: norm.rmsnorm(q_latent, q_norm_gain, ops.eps)))
+            again = ops.again(q_normed, lambda: norm.rmsnorm(q_latent, q_norm_gain, ops.eps))
+            q_input = ops.recomputed(q_normed, again)
             query = ops.multiply(q_input, m.q_b, f"{self.name}.q_b")
         else:
-            query = q_latent
-        q_nope, q_rope = g.heads(query, self.heads).split((self.nope, self.rope), -1)
-        q = torch.cat((q_nope, self._rotate(q_rope)), -1)
+            query = q_latent.clone()
+        q = g.heads(query, self.heads)
+        self._rotate_in_place(q[..., self.nope :])
         latent, rope_key = kv_latent.split((self.latent, self.rope), -1)
         gain = m.kv_norm.detach()
         kv_normed = norm.rmsnorm(latent, gain, ops.eps)
-        kv_input = ops.recomputed(kv_normed, Cell(lambda: norm.rmsnorm(latent, gain, ops.eps)))
+        kv_input = ops.recomputed(kv_normed, ops.again(kv_normed, lambda: norm.rmsnorm(latent, gain, ops.eps)))
         k_nope, v = g.heads(ops.multiply(kv_input, m.kv_b, f"{self.name}.kv_b"), self.heads).split(
             (self.nope, self.value), -1
         )
@@ -77,6 +82,8 @@ class LatentAttention:
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(output [N, H * C], softmax statistics)."""
         e = self.expand(*inputs)
+        if not self.ops.recompute:
+            self._expanded = e
         out, statistics = kernel.attention(e.q_BHTx, e.k_BHTx, e.v_BHTC, self.geometry.softmax_scale)
         return self.geometry.flat(out), statistics
 
@@ -90,7 +97,7 @@ class LatentAttention:
         """Gradients of the latents; weight gradients of the up-projections and norms go to the store."""
         m, ops, g = self.module, self.ops, self.geometry
         q_latent, kv_latent = inputs
-        e = self.expand(q_latent, kv_latent)
+        e, self._expanded = self._expanded or self.expand(q_latent, kv_latent), None
         dq, dk, dv = kernel.attention_backward(
             g.heads(dout, self.heads),
             e.q_BHTx,
@@ -100,12 +107,12 @@ class LatentAttention:
             statistics,
             g.softmax_scale,
         )
-        dq_nope, dq_rope = dq.split((self.nope, self.rope), -1)
-        dquery = g.flat(torch.cat((dq_nope, self._rotate(dq_rope, back=True)), -1))
+        self._rotate_in_place(dq[..., self.nope :], back=True)
+        dquery = g.flat(dq)
         dk_nope, dk_rope = dk.split((self.nope, self.rope), -1)
         high = torch.promote_types(dk.dtype, torch.float32)
-        drope_key = self._rotate(dk_rope.to(high).sum(1), back=True).reshape(g.tokens, self.rope)
-        dkv = g.flat(torch.cat((dk_nope, dv), -1))
+        drope_key = self._rotate_in_place(dk_rope.to(high).sum(1), back=True).reshape(g.tokens, self.rope)
+        dkv = torch.cat((dk_nope.transpose(1, 2), dv.transpose(1, 2)), -1).view(g.tokens, -1)
         dkv_normed = ops.multiply_backward(dkv, e.kv_input, m.kv_b, f"{self.name}.kv_b")
         dlatent, dkv_gain = norm.rmsnorm_backward(dkv_normed, kv_latent[:, : self.latent], m.kv_norm.detach(), ops.eps)
         ops.store.put(m.kv_norm, lambda: dkv_gain)

@@ -74,13 +74,18 @@ def _remembered(q: Quantized) -> Quantized:
 class Ops:
     """The arithmetic of one rank: precision, store, and weights quantised once per step.
 
+    recompute: what RMSNorm, SwiGLU and MLA's up-projections give is not kept for the backward but computed again (V3
+    section 3.2.3); False keeps it: less time, more memory.
+
     check: when set, called as check(name, kind, result, unquantised) for every FP8 product; `unquantised(f)` computes
     it from f of operands that never were in FP8. To have them, inputs are kept as they were and dispatched rows cross a
     second time in plain form: for single steps, and on all ranks at once.
     """
 
-    def __init__(self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float) -> None:
-        self.store, self.dtype, self.fp8, self.eps = store, dtype, fp8, eps
+    def __init__(
+        self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float, recompute: bool = True
+    ) -> None:
+        self.store, self.dtype, self.fp8, self.eps, self.recompute = store, dtype, fp8, eps, recompute
         self.check: Check | None = None
         self._weights: dict[nn.Parameter, Quantized] = {}
 
@@ -103,8 +108,12 @@ class Ops:
 
     # Inputs ---------------------------------------------------------------------------------------------------------
 
+    def again(self, value: torch.Tensor, compute: Callable[[], torch.Tensor]) -> Cell[torch.Tensor]:
+        """What gives `value` in the backward: `compute`, or where nothing is recomputed the value itself."""
+        return Cell(compute) if self.recompute else Cell.of(value.detach())
+
     def recomputed(self, x: torch.Tensor, again: Callable[[], torch.Tensor], counts: list[int] | None = None) -> Input:
-        """`x` is not kept: `again` gives it once more for the weight gradient."""
+        """`x` itself is not kept: `again` gives it for the weight gradient."""
         if not self.fp8:
             return Input(x.detach(), again)
         # Remembered for the two down-projections of attention, which share their input.
@@ -191,7 +200,8 @@ class Ops:
     def rmsnorm(self, x: torch.Tensor, gain: nn.Parameter) -> tuple[torch.Tensor, Cell[torch.Tensor]]:
         """(normed x, cell that gives it again)."""
         kept = x.detach()
-        return _RMSNorm.apply(x, gain, self), Cell(lambda: norm.rmsnorm(kept, gain.detach(), self.eps))
+        y = _RMSNorm.apply(x, gain, self)
+        return y, self.again(y, lambda: norm.rmsnorm(kept, gain.detach(), self.eps))
 
     def swiglu(
         self, gate_up: torch.Tensor, row_weight: torch.Tensor | None = None
@@ -200,8 +210,8 @@ class Ops:
         says so of MoE; here dense layers do the same), its value computed again."""
         kept = self.keep(gate_up.detach())
         w = None if row_weight is None else row_weight.detach()
-        again = Cell(lambda: swiglu.swiglu(kept(), w))
-        return _SwiGLU.apply(gate_up, row_weight, kept), again
+        hidden = _SwiGLU.apply(gate_up, row_weight, kept)
+        return hidden, self.again(hidden, lambda: swiglu.swiglu(kept(), w))
 
     def keep(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Cache for the backward: FP8 tiles, or the tensor itself."""

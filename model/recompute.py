@@ -18,6 +18,13 @@ class Cell(Generic[T]):
         self._compute: Callable[[], T] | None = compute
         self._value: T | None = None
 
+    @classmethod
+    def of(cls, value: T) -> Cell[T]:
+        """A cell that holds `value` already."""
+        cell = cls(lambda: value)
+        cell._value, cell._compute = value, None
+        return cell
+
     def __call__(self) -> T:
         if self._compute is not None:
             with torch.no_grad():

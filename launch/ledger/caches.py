@@ -116,7 +116,7 @@ def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Cho
         # their sum where they are divided by it.
         chosen = K + 1 if config.renormalise else 0
         found["router"] = FP32 * (N * (E + 2 + chosen) + load.sequences * (E + 1))
-        found["indices"] = INT64 * (N * K + load.moved + 2 * X)
+        found["indices"] = INT64 * (N * K + (0 if load.alone else load.moved) + 2 * X)
     if choices.recompute == "off":
         found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices)
     return {name: size for name, size in found.items() if size}

@@ -15,12 +15,13 @@ from model.config import ModelConfig
 @dataclass(frozen=True)
 class Load:
     """A chunk on one rank. moved: rows sent, and rows received (a token goes once to a rank). counts: rows of each
-    local expert."""
+    local expert. alone: the rank holds every expert, so no row is picked for another."""
 
     sequences: int
     length: int
     moved: int
     counts: tuple[int, ...]
+    alone: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,4 +68,4 @@ def balanced_load(config: ModelConfig, sequences: int, length: int, ranks: int) 
     tokens, local = sequences * length, config.num_routed_experts // ranks
     rows = tokens * config.experts_per_token
     counts = tuple(rows // local + (e < rows % local) for e in range(local))
-    return Load(sequences, length, ceil(tokens * ranks_per_token(config, ranks)), counts)
+    return Load(sequences, length, ceil(tokens * ranks_per_token(config, ranks)), counts, ranks == 1)

@@ -161,18 +161,8 @@ class AllToAllDispatcher:
         columns = [rows.data.view(torch.uint8), rows.scale] if isinstance(rows, Quantized) else [rows]
         if weights_TK is not None:
             columns += [route.expert_index_TK, weights_TK]
-        with self._side(after):
-            if route.rows_S is None:
-                assert route.sending is not None
-                route.rows_S, route.sending = route.sending.rows(sum(route.give)), None
-            packer = _Packer([column[route.rows_S] for column in columns])
-            packed_V, tickets = self._exchange(packer.packed, route.give, route.take)
 
-        def finish() -> Received:
-            # The transfer reads what it was given until here.
-            columns.clear()
-            self.device.adopt(packed_V)
-            parts = packer.unpack(packed_V)
+        def lay_out(parts: list[torch.Tensor]) -> Received:
             weights_X = None
             if weights_TK is not None:
                 index_VK, weights_VK = parts[-2:]
@@ -184,6 +174,23 @@ class AllToAllDispatcher:
                 data = parts[0].view(torch.float8_e4m3fn)
                 return Received(Quantized(data, parts[1]).index_rows(layout.rows_X), weights_X, layout.counts)
             return Received(parts[0][layout.rows_X], weights_X, layout.counts)
+
+        if self.group is None:
+            # Every token goes to this rank, in its own order: nothing to pick or to pack.
+            route.sending = None
+            return Pending((), lambda: lay_out(columns))
+        with self._side(after):
+            if route.rows_S is None:
+                assert route.sending is not None
+                route.rows_S, route.sending = route.sending.rows(sum(route.give)), None
+            packer = _Packer([column[route.rows_S] for column in columns])
+            packed_V, tickets = self._exchange(packer.packed, route.give, route.take)
+
+        def finish() -> Received:
+            # The transfer reads what it was given until here.
+            columns.clear()
+            self.device.adopt(packed_V)
+            return lay_out(packer.unpack(packed_V))
 
         return Pending(tickets, finish)
 
@@ -204,6 +211,8 @@ class AllToAllDispatcher:
     ) -> Pending[tuple[torch.Tensor, torch.Tensor | None]]:
         """What `reduce` made -> ([T, D] sums over all ranks, [T, K] gradients of the router weights if they were
         given)."""
+        if self.group is None:
+            return Pending((), lambda: (reduced.columns[0], reduced.columns[1] if len(reduced.columns) > 1 else None))
         with self._side(after):
             packer = _Packer(reduced.columns)
             packed_S, tickets = self._exchange(packer.packed, route.take, route.give)

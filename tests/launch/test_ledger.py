@@ -182,7 +182,7 @@ def measured(config: ModelConfig, contents: Contents, fp8: bool) -> tuple[int, i
         stage.ops.store.run_oldest((0, 0, 1))
         after_weights = live.bytes()
     counts = next((tuple(each.load_E.tolist()) for each in segmented if each.load_E is not None), (0,))
-    return after_forward, after_input, after_weights, Load(SEQUENCES, LENGTH, SEQUENCES * LENGTH, counts)
+    return after_forward, after_input, after_weights, Load(SEQUENCES, LENGTH, SEQUENCES * LENGTH, counts, alone=True)
 
 
 STAGES = {
