@@ -70,7 +70,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(arguments) == code
         return capsys.readouterr().err
 
-    assert "must be one of check, convert" in said(64)
+    assert "summary model=NAME|all" in said(64)
     assert "'weigh': must be one of" in said(64, "weigh")
     assert "folder missing" in said(64, "check")
     assert "must be KEY=VALUE" in said(64, "check", "weights")
