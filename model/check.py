@@ -10,6 +10,7 @@ from pathlib import Path
 from model.errors import ModelError
 from model.huggingface_folder import ReleasedFolder
 from model.names import canonical_shapes
+from model.rope import yarn_is_on
 from parallel.arguments import pairs
 
 USAGE = "usage: python -m model check folder=DIR"
@@ -44,6 +45,6 @@ def describe(folder: ReleasedFolder) -> dict[str, object]:
         "mtp_parameters": mtp,
         "dtypes": folder.dtypes,
         "length": folder.length,
-        "yarn": folder.length > folder.config.rope_scaling.original_length,
+        "yarn": yarn_is_on(folder.config, folder.length),
         "tensors": folder.tensors,
     }

@@ -94,7 +94,7 @@ def _stages(config: ModelConfig, table: Table, layout: Layout, length: int) -> l
         words += ["norm, head"] if at.output else []
         words += [f"mtp.{k}" for k in range(at.mtp)]
         cost = sum(layers[first:last]) + at.embedding * flops.embedding
-        cost += (flops.output(config)) * at.output
+        cost += at.output * flops.output(config)
         held = tuple(row[stage] for row in table.rank_of)
         contents = ", ".join(words) or "nothing"
         found.append(StagePlace(stage, contents, (first, last), at.embedding, at.output, held, cost))

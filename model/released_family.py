@@ -12,6 +12,7 @@ from typing import Any
 
 from model.config import EXPERT_NUMBERS, GQA_NUMBERS, MLA_NUMBERS, ModelConfig
 from model.errors import ModelError
+from model.rope import yarn_is_on
 
 # The code of V2 and V3 builds the two latent norms with its default eps whatever config.json says.
 LATENT_EPS = 1e-6
@@ -148,7 +149,7 @@ def code_reasons(config: ModelConfig, family: Family, length: int) -> list[str]:
             reasons.append(f"model.head_dim: found {config.head_dim}; its code has hidden_size / num_heads")
         if config.renormalise and config.experts_per_token == 1:
             reasons.append("model.renormalise: found True; its code does not renormalise a single expert's weight")
-        if length > config.rope_scaling.original_length:
+        if yarn_is_on(config, length):
             reasons.append(
                 f"length {length} exceeds model.rope_scaling.original_length ({config.rope_scaling.original_length}); "
                 "its code has no YaRN"

@@ -13,14 +13,9 @@ import math
 from typing import Any, TypeGuard
 
 from model.config import ModelConfig, RopeScaling
-from model.rope import yarn_mscale
+from model.rope import yarn_is_on, yarn_mscale
 
 AGREE = 1e-9
-
-
-def yarn_is_on(config: ModelConfig, length: int) -> bool:
-    """Whether a model trained at `length` is exported with YaRN."""
-    return length > config.rope_scaling.original_length
 
 
 def rope_scaling_values(config: ModelConfig, length: int) -> dict[str, Any] | None:

@@ -52,6 +52,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def yarn_is_on(config: ModelConfig, length: int) -> bool:
+    """Whether a model at sequence length `length` has YaRN: only beyond the length of pretraining."""
+    return length > config.rope_scaling.original_length
+
+
 class Rotary:
     """Frequencies and softmax scale for one sequence length.
 
@@ -67,7 +72,7 @@ class Rotary:
         scaling = config.rope_scaling
         dimensions = config.rotary_dim
         self.length = length
-        self.yarn = length > scaling.original_length
+        self.yarn = yarn_is_on(config, length)
         self.softmax_scale = config.qk_head_dim**-0.5
         self.magnitude = 1.0
         if self.yarn:

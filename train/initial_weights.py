@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.huggingface_folder import ReleasedFolder
 from model.released_family import differing_fields
-from model.released_rope import yarn_is_on
+from model.rope import yarn_is_on
 from train.checkpoint_format import CheckpointError
 
 
