@@ -151,6 +151,9 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
             found.append(f"{at}.learning_rate: shape found '{piece.shape}', allowed {', '.join(SHAPES)}")
         if min(piece.start, piece.end) < 0:
             found.append(f"{at}.learning_rate: found {min(piece.start, piece.end)}, allowed 0 or more")
+    for kind, weight in vars(stage.balance).items():
+        if not 0 <= weight < math.inf:
+            found.append(f"{at}.balance.{kind}: found {weight}, allowed 0 or more")
     if found:
         return found
     parallel = config.parallel

@@ -102,6 +102,7 @@ def test_all_problems_in_one_line() -> None:
             "stages.0.mtp_weight: `until` must grow, found [9, 9]",
         ),
         ("stages.0.learning_rate.0.start", -1, "stages.0.learning_rate: found -1.0"),
+        ("stages.0.balance.expert", -0.1, "stages.0.balance.expert: found -0.1, allowed 0 or more"),
         ("stages.1.name", "pretrain", "stages: names must differ"),
         ("stages", [], "stages: none given"),
         ("model.experts_per_token", 9, "model.experts_per_token: found 9"),
