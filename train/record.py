@@ -67,6 +67,12 @@ class RunRecord:
     timeline: dict[str, list[Bar]] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def dense(self) -> bool:
+        """Whether the configuration says that the model has no experts."""
+        model = self.config.get("model")
+        return isinstance(model, dict) and model.get("num_routed_experts") == 0
+
     def has(self, name: str) -> bool:
         return name in self.series and bool(np.isfinite(self.series[name]).any())
 

@@ -85,8 +85,7 @@ def judge(run: RunRecord) -> Verdict:
             context_used(run),
             long_context(run),
             steady(run),
-            balance(run),
-            dead_experts(run),
+            *(() if run.dense else (balance(run), dead_experts(run))),
             throughput(run),
         )
     )
