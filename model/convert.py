@@ -15,19 +15,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.errors import ModelError
-from model.huggingface import DTYPES, export_model
+from model.huggingface import DTYPES, export_model, tokenizer_files_of
 from model.huggingface_folder import ReleasedFolder
 from parallel.arguments import pairs
 
 USAGE = f"usage: python -m model convert from=DIR to=DIR dtype={'|'.join(DTYPES)} [shard_gb=5]"
 KEYS = ("from", "to", "dtype")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -72,7 +65,7 @@ def convert(
         dtype=dtype,
         bos_id=source.values.get("bos_token_id", 0),
         eos_id=source.values.get("eos_token_id", 1),
-        tokenizer_files=[path for name in TOKENIZER_FILES if (path := source.folder / name).is_file()],
+        tokenizer_files=tokenizer_files_of(source.folder),
         shard_bytes=shard_bytes,
         progress=files.append,
     )

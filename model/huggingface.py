@@ -25,8 +25,15 @@ from model.released_config import released_config
 from model.released_fp8 import FP8, to_blocks
 from model.shard import ShardWriter, Stored
 
-__all__ = ["DTYPES", "INDEX", "ReleasedFolder", "export_model", "stored_tensors"]
+__all__ = ["DTYPES", "INDEX", "ReleasedFolder", "export_model", "stored_tensors", "tokenizer_files_of"]
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "fp8": FP8}
 
 
@@ -56,6 +63,11 @@ def plan_shards(entries: Sequence[Entry], dtype: torch.dtype, shard_bytes: int) 
         shards[-1].append(entry)
         used += size
     return shards
+
+
+def tokenizer_files_of(folder: Path) -> list[Path]:
+    """What of a tokenizer lies in `folder` and goes along with the weights."""
+    return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
 
 
 def _sync(path: Path) -> None:
@@ -100,7 +112,11 @@ def export_model(
         raise ModelError("\n".join(problems))
     wide = "bfloat16" if dtype == FP8 else names[dtype]
     values = released_config(config, length, wide, bos_id, eos_id, fp8=dtype == FP8)
-    if folder.exists():
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise CannotWriteError(f"export: {folder}: {error.strerror}") from error
+    if there:
         raise CannotWriteError(f"export: {folder} exists already; give a new folder")
     partial = folder.with_name(f".{folder.name}.partial")
     try:

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-from model.huggingface import DTYPES, export_model
+from model.huggingface import DTYPES, export_model, tokenizer_files_of
 from model.released_family import FAMILIES, MOE
 from train.command import CommandParser, run_command
 from train.errors import ConfigError, NumericError
 from train.reading import CheckpointReader, read_config, stage_ends
 
 LARGEST_DIFFERENCE = 1e-4  # of float32 logits
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(run: Path, out: Path, stage: str | None, dtype: torch.dtype, replace: bool) -> dict[str, object]:
@@ -34,8 +33,7 @@ def export(run: Path, out: Path, stage: str | None, dtype: torch.dtype, replace:
         raise ConfigError(f"--stage: found '{stage}', this run holds {', '.join(names)}")
     end = ends[names.index(stage)] if stage else ends[-1]
     reader = CheckpointReader(end.path, config)
-    directory = Path(config.data.directory)
-    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    files = tokenizer_files_of(Path(config.data.directory))
     earlier = replace and out.exists()
     if earlier and not _is_export(out):
         raise ConfigError(f"--replace: {out} is not an exported model; it stays as it is")

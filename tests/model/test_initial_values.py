@@ -61,7 +61,8 @@ def test_the_definition_written_out() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_published_models_start_at_0_006(name: str) -> None:
-    """LLM section 2.3, V2 section 3.1.2, V3 section 4.2: every learnable parameter, standard deviation 0.006."""
+    """LLM section 2.3, V2 section 3.1.2, V3 section 4.2: every learnable parameter, standard deviation 0.006; where the
+    paper does not say it of a size (V2-Lite, DeepSeekMoE 16B) as for its larger or smaller one."""
     config = model_config(name)
     assert config.init_std == 0.006
     shapes = canonical_shapes(config)
