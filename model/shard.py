@@ -131,13 +131,20 @@ def read_header(path: Path) -> dict[str, Span]:
         raise CheckpointError(f"{path}: truncated: {size} bytes, its header promises {needed}")
     if size > needed:
         raise CheckpointError(f"{path}: {size} bytes, its header promises only {needed}")
+    position = 8 + length
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.begin != position:
+            raise CheckpointError(f"{path}: {name} begins at byte {span.begin}, expected {position}")
+        position = span.end
     return spans
 
 
 def _span(path: Path, entry: dict[str, Any], start: int) -> Span:
     begin, end = entry["data_offsets"]
-    shape = tuple(int(side) for side in entry["shape"])
+    shape = tuple(entry["shape"])
     dtype = str(entry["dtype"])
+    if any(type(number) is not int for number in (begin, end, *shape)):
+        raise ValueError
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise ValueError
     if dtype in DTYPES and end - begin != prod(shape) * DTYPES[dtype].itemsize:

@@ -15,6 +15,7 @@ from model.huggingface import INDEX, ReleasedFolder, export_model
 from model.names import canonical_shapes, canonical_tensors
 from model.released import released_entries
 from model.released_family import differing_fields
+from model.shard import read_header
 from tests.model.models import model_config, random_model
 
 
@@ -172,6 +173,22 @@ def test_all_problems_of_the_weights_at_once(tmp_path: Path) -> None:
     ):
         assert any(wanted in line for line in lines), wanted
     assert caught.value.exit_code == 66
+
+
+@pytest.mark.parametrize("offsets", [[1, 65], [0.0, 64.0], [64, 128]], ids=["overlapping", "fractions", "a hole"])
+def test_bytes_that_are_not_one_tensors_own(tmp_path: Path, offsets: list[float]) -> None:
+    header = {
+        "a": {"dtype": "F32", "shape": [16], "data_offsets": offsets},
+        "b": {"dtype": "F32", "shape": [16], "data_offsets": [128, 192]},
+        "c": {"dtype": "F32", "shape": [16], "data_offsets": [64, 128]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(192))
+    with pytest.raises(
+        CheckpointError, match=r"(a|b|c) begins at byte \d+, expected \d+|cannot be understood"
+    ) as caught:
+        read_header(tmp_path / "file")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_truncated_file_and_bad_config(tmp_path: Path) -> None:
