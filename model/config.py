@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -127,7 +128,9 @@ def config_problems(config: ModelConfig) -> list[str]:
     for key, value in vars(c).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if value < 0 or (value == 0 and key not in zero_allowed):
+        if not math.isfinite(value):
+            problems.append(f"model.{key}: found {value}, must be finite")
+        elif value < 0 or (value == 0 and key not in zero_allowed):
             problems.append(f"model.{key}: found {value}, must be {'at least 0' if key in zero_allowed else 'above 0'}")
     if problems:
         return problems
@@ -179,7 +182,11 @@ def _router_problems(c: ModelConfig) -> list[str]:
 
 
 def _scaling_problems(scaling: RopeScaling) -> list[str]:
-    problems = []
+    problems = [
+        f"model.rope_scaling.{key}: found {value}, must be finite"
+        for key, value in vars(scaling).items()
+        if not math.isfinite(value)
+    ]
     if scaling.factor < 1 or scaling.original_length < 1:
         problems.append(
             f"model.rope_scaling: found factor {scaling.factor}, "

@@ -62,6 +62,8 @@ def read_rope(
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in allowed:
         problems.append(f"rope type is {kind!r}, supported: {' and '.join(map(repr, allowed))}")
+    if "rope_type" not in rope and "type" not in rope and "factor" in rope:
+        problems.append(f"rope type is missing beside factor {rope['factor']!r}")
     if problems or kind == "default":
         return theta, None, problems
     if not rope.get("truncate", True):
@@ -71,6 +73,10 @@ def read_rope(
     wrong = [key for key in needed if not _is_number(rope.get(key))]
     wrong += [key for key in optional if rope.get(key) is not None and not _is_number(rope[key])]
     problems += [f"rope {key} is {rope.get(key)!r}, a number is needed" for key in wrong]
+    if not wrong and rope[needed[1]] != int(rope[needed[1]]):
+        problems.append(f"rope {needed[1]} is {rope[needed[1]]!r}, a whole number is needed")
+    if not wrong and rope.get("attention_factor") is not None and rope["attention_factor"] <= 0:
+        problems.append(f"rope attention_factor is {rope['attention_factor']!r}, a number above 0 is needed")
     if problems:
         return theta, None, problems
     scaling = RopeScaling(

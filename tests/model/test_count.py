@@ -270,3 +270,9 @@ def test_config_problems_name_key_found_and_allowed() -> None:
     ]  # fmt: skip
     assert config_problems(model_config("tiny", hidden_size=0)) == ["model.hidden_size: found 0, must be above 0"]
     assert "at most 4" in config_problems(model_config("tiny", experts_per_token=5))[0]
+    endless = {"rope_theta": float("nan"), "routed_scaling_factor": float("inf")}
+    assert config_problems(model_config("tiny", **endless)) == [
+        "model.routed_scaling_factor: found inf, must be finite", "model.rope_theta: found nan, must be finite"
+    ]  # fmt: skip
+    scaling = {"factor": float("inf"), "mscale": float("nan")}
+    assert len(config_problems(model_config("tiny", rope_scaling=scaling))) == 2

@@ -263,6 +263,13 @@ UNSUPPORTED = [
     ("tiny", {"rope_scaling": yarn(attention_factor=2.0, mscale=1.0, mscale_all_dim=1.0)}, ["attention_factor is 2.0"]),
     ("tiny", {"rope_scaling": yarn(truncate=False, factor="40")}, ["truncate", "factor is '40'"]),
     ("tiny", {"rope_scaling": 7}, ["rope_scaling is 7"]),
+    ("tiny", {"rope_scaling": {"factor": 40.0}}, ["rope type is missing beside factor 40.0"]),
+    ("tiny", {"routed_scaling_factor": float("nan")}, ["model.routed_scaling_factor: found nan, must be finite"]),
+    (
+        "demo_llm",
+        {"rope_scaling": yarn(original_max_position_embeddings=1.5, attention_factor=-1)},
+        ["original_max_position_embeddings is 1.5, a whole number", "attention_factor is -1, a number above 0"],
+    ),
     (
         "demo_v2",
         {"norm_topk_prob": True, "topk_method": "noaux_tc", "mlp_bias": True},
