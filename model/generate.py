@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from model.rope import Rotary
 from model.transformer import Transformer
 
 FORMS = ("absorbed", "naive")
+LOWEST_TEMPERATURE = 1e-6  # logits divided by less may not be finite in float32
 
 
 def sample(logits_V: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> int:
@@ -33,8 +35,8 @@ def check_request(
     limit = vocabulary if vocabulary is not None else model.config.vocab_size
     if not 0 < limit <= model.config.vocab_size:
         raise ModelError(f"generate: vocabulary {limit}, must be 1..{model.config.vocab_size}")
-    if temperature < 0:
-        raise ModelError(f"generate: temperature {temperature}, must be at least 0")
+    if temperature != 0 and not LOWEST_TEMPERATURE <= temperature < math.inf:
+        raise ModelError(f"generate: temperature {temperature}, must be 0 or {LOWEST_TEMPERATURE:g} and more, finite")
     if not 0 < len(prompt) <= rotary.length:
         raise ModelError(f"generate: prompt has {len(prompt)} tokens, must have 1..{rotary.length}")
     bad = [token for token in prompt if not 0 <= token < limit]

@@ -176,6 +176,9 @@ def test_bad_prompts(prompt: list[int], message: str) -> None:
         ({}, {"form": "absorbed", "use_cache": False}, "reads a cache"),
         ({}, {"vocabulary": 257}, "vocabulary 257, must be 1..256"),
         ({}, {"temperature": -1.0}, "temperature -1.0"),
+        ({}, {"temperature": float("nan")}, "temperature nan"),
+        ({}, {"temperature": float("inf")}, "temperature inf"),
+        ({}, {"temperature": 1e-300}, "temperature 1e-300, must be 0 or 1e-06 and more"),
     ],
 )
 def test_bad_options(changes: dict[str, object], options: dict[str, object], message: str) -> None:
