@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def read_files(folder: Path) -> FolderFiles:
     """Every file's header against the index, or `model.safetensors` alone where there is no index."""
     found = FolderFiles()
-    present = {path.name for path in folder.glob("*.safetensors")}
-    if not (folder / INDEX).exists():
+    try:
+        names = set(os.listdir(folder))
+        (folder / INDEX).exists()  # a directory may be listed and yet not entered
+    except OSError as error:
+        return FolderFiles(problems=[f"{folder}: cannot be read ({error.strerror})"], excused=None)
+    present = {name for name in names if name.endswith(".safetensors")}
+    if INDEX not in names:
         if SINGLE not in present:
             return FolderFiles(problems=[f"{folder}: neither {INDEX} nor {SINGLE} is there"], excused=None)
         weight_map, files, named = None, {SINGLE}, f"without {INDEX} only {SINGLE} is read"

@@ -25,12 +25,12 @@ from model.speculate import DraftCounts, speculate
 from model.transformer import Transformer
 from train.command import CommandParser, run_command
 from train.errors import ConfigError
-from train.reading import load_model, read_config, stage_ends
+from train.reading import is_file, load_model, read_config, stage_ends
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Transformer, Rotary]:
     """Model and rotary embedding of an exported folder."""
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise ConfigError(f"{folder}: not an exported model, it has no config.json")
     released = ReleasedFolder(folder)
     model = Transformer(released.config, dtype, device="meta").to_empty(device="cpu")
@@ -40,9 +40,9 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Transformer, Rotary]:
 
 def load_place(place: Path) -> tuple[Transformer, Rotary, Tokenizer]:
     """Model (float32), rotary embedding and tokenizer of an exported folder, or of a run directory's newest stage."""
-    if (place / "config.json").is_file():
+    if is_file(place / "config.json"):
         return *load_folder(place, torch.float32), load_tokenizer(place)
-    if not (place / "config.yaml").is_file():
+    if not is_file(place / "config.yaml"):
         raise ConfigError(f"{place}: neither an exported model (config.json) nor a run directory (config.yaml)")
     config = read_config(place)
     return *load_model(stage_ends(place, config)[-1], config), load_tokenizer(Path(config.data.directory))
@@ -125,6 +125,8 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.tokens < 1 or given.temperature < 0:
         parser.error("--tokens must be at least 1 and --temperature at least 0")
+    if not 0 <= given.seed < 2**63:
+        parser.error(f"--seed: found {given.seed}, must be at least 0 and below 2^63")
     if given.depths is not None and not given.speculative:
         parser.error("--depths goes with --speculative")
 

@@ -28,11 +28,19 @@ class StageEnd:
     length: int
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there. ConfigError: its directory does not let one look."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_config(run: Path) -> RunConfig:
     """The configuration that the run's newest stage was trained with, as its checkpoint says: `config.yaml` is of
     whoever started the run last. ConfigError: not a run directory, or another schema. CheckpointError: no checkpoint.
     """
-    if not (run / "config.yaml").is_file():
+    if not is_file(run / "config.yaml"):
         raise ConfigError(f"{run}: not a run directory, it has no config.yaml")
     steps = [steps[0] for place in (run / STAGES).glob("*") if (steps := list_steps(place))]
     if not steps:

@@ -175,6 +175,10 @@ def test_speculation_that_cannot_be_is_refused(run: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         generate.main([str(folder), "--prompt", "In", "--depths", "1"])
     assert stopped.value.code == 64
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(folder), "--prompt", "In", "--seed", str(2**70)])
+    assert stopped.value.code == 64
+    assert generate.main([str(folder), "--prompt", "In", "--temperature", "nan"]) == 64
 
 
 @pytest.mark.parametrize("command", [evaluate, export, generate], ids=lambda module: module.__name__)
@@ -184,4 +188,6 @@ def test_wrong_usage_is_64(command: SimpleNamespace, capsys: pytest.CaptureFixtu
     assert stopped.value.code == 64
     arguments = [str(tmp_path), "--prompt", "x"] if command is generate else [str(tmp_path)]
     assert command.main(arguments) == 64
+    unreachable = [str(tmp_path / ("x" * 300)), *arguments[1:]]
+    assert command.main(unreachable) == 64
     assert "Traceback" not in capsys.readouterr().err
