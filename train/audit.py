@@ -265,7 +265,10 @@ def _write(path: Path, step: int, parts: list[dict[str, Any]]) -> None:
 
 
 def _least_peak(q: Quantized) -> float:
-    """Smallest over tiles of the largest |code|, tiles with the floor's scale left out; 0 when no tile is left."""
+    """Smallest over tiles of the largest |code|, tiles with the floor's scale left out; 0 when no tile is left, and
+    for no tokens at all."""
+    if not q.data.numel():
+        return 0.0
     peaks = _tile_maxima(q.data.view(torch.uint8) & 0x7F, -1)
     if not q.has_tile(ROW_TILE):
         peaks = _tile_maxima(peaks, -2)

@@ -268,5 +268,15 @@ def test_summaries_survive_json_and_do_not_average_deviations_away() -> None:
     assert part.power_of_two is False and part.tiles_seen == 1024
 
 
+@pytest.mark.parametrize("quantize", [quantize_rows, quantize_columns])
+def test_an_operand_of_no_tokens_says_nothing(quantize: Callable[[torch.Tensor], Quantized]) -> None:
+    nothing = OperandSummary.of(quantize(torch.empty(0, 256)))
+    assert nothing.least_peak == 0.0 and nothing.tiles_seen == 0 and nothing.codes_valid
+    something = OperandSummary.of(quantize(torch.ones(128, 256)))
+    peak = something.least_peak
+    something.add(nothing)
+    assert something.least_peak == peak and something.codes_valid
+
+
 def test_labels_of_the_random_batch_are_all_counted() -> None:
     assert (random_batch([0, 1], 4096).labels != IGNORE).all()
