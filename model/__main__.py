@@ -21,15 +21,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert.run,
     "summary": summary.run,
 }
+USAGES = {"check": check.USAGE, "convert": convert.USAGE, "summary": summary.USAGE}
 EXIT_USAGE = 64
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    if not arguments or set(arguments) & {"-h", "--help", "help"}:
-        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+    asked = bool(set(arguments) & {"-h", "--help", "help"})
+    if not arguments or (asked and arguments[0] not in COMMANDS):
+        print((__doc__ or "").rstrip(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else EXIT_USAGE
     command, *rest = arguments
+    if asked:
+        print(USAGES[command])
+        return 0
     if command not in COMMANDS:
         print(f"python -m model: {command!r}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE

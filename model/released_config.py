@@ -112,7 +112,7 @@ def _numbers(family: Family, values: dict[str, Any]) -> tuple[dict[str, Any], li
         values["q_lora_rank"] = 0
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = heads
-    if "num_key_value_heads" not in family.numbers and values["num_key_value_heads"] != heads:
+    if heads and "num_key_value_heads" not in family.numbers and values["num_key_value_heads"] != heads:
         problems.append(
             f"num_key_value_heads is {values['num_key_value_heads']!r}, supported is {heads!r}: one per head"
         )

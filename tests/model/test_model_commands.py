@@ -93,3 +93,6 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len(said(66, *command).splitlines()) == 3
     assert not (tmp_path / "new").exists()
     assert main(["--help"]) == 0
+    capsys.readouterr()
+    assert main(["summary", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m model summary model=NAME|all [model.KEY=VALUE ...]")

@@ -263,6 +263,7 @@ UNSUPPORTED = [
     ("tiny", {"rope_scaling": yarn(attention_factor=2.0, mscale=1.0, mscale_all_dim=1.0)}, ["attention_factor is 2.0"]),
     ("tiny", {"rope_scaling": yarn(truncate=False, factor="40")}, ["truncate", "factor is '40'"]),
     ("tiny", {"rope_scaling": 7}, ["rope_scaling is 7"]),
+    ("tiny", {"num_attention_heads": 0}, ["model.num_heads: found 0, must be above 0"]),
     ("tiny", {"rope_scaling": {"factor": 40.0}}, ["rope type is missing beside factor 40.0"]),
     ("tiny", {"routed_scaling_factor": float("nan")}, ["model.routed_scaling_factor: found nan, must be finite"]),
     (
