@@ -37,6 +37,7 @@ OPTIONS = ("model", "length", "style", *PLACES)
 STYLES = ("terminal", "markdown")
 REFERENCE = "llm_67b"  # whose grouped-query cache V2 measures its own by (V2 section 2.1.4)
 BF16 = 2
+WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def run(arguments: Sequence[str]) -> None:
     if style == "markdown":
         print("\n\n".join(grid.markdown() for grid in grids))
     else:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+        # A narrower terminal breaks lines itself: within a column they would break inside names and numbers.
+        console = Console(highlight=False, width=max(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH)
         for grid in grids:
             console.print(grid.rich())
     print(json.dumps(figures))

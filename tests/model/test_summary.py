@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from math import prod
 from pathlib import Path
 
@@ -176,6 +177,16 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.C
     assert main(["summary", *arguments]) == 64
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_narrow_terminal_breaks_no_name_or_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["summary", "model=v3"]) == 0
+    said = capsys.readouterr().out
+    assert "├─ layers.3-60 x58" in said and "682,636,487,424" in said and "129280 x 7168" in said
 
 
 def test_a_broken_yaml_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
