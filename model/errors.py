@@ -19,3 +19,9 @@ class CannotWriteError(ModelError):
     """A folder that could not be written."""
 
     exit_code = 73
+
+
+class DivergedError(ModelError):
+    """Weights whose results are not numbers."""
+
+    exit_code = 77

@@ -9,7 +9,7 @@ import torch
 
 from model.cache import Cache, new_cache
 from model.config import ModelConfig
-from model.errors import ModelError
+from model.errors import DivergedError, ModelError
 from model.norm import promoted
 from model.rope import Rotary
 from model.transformer import Transformer
@@ -20,9 +20,11 @@ LOWEST_TEMPERATURE = 1e-6  # logits divided by less may not be finite in float32
 
 def sample(logits_V: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> int:
     """One token id: the largest logit (lowest id on ties) at temperature 0, else drawn from softmax(logits /
-    temperature).
+    temperature). DivergedError when there is no largest.
     """
     wide_V = logits_V.to(promoted(logits_V.dtype))
+    if wide_V.isnan().any():
+        raise DivergedError("generate: the model's logits are not numbers: its weights have diverged")
     if temperature == 0:
         return int((wide_V == wide_V.max()).nonzero()[0])
     return int(torch.multinomial((wide_V / temperature).softmax(-1), 1, generator=generator))

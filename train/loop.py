@@ -33,6 +33,7 @@ from train.engine import Engine, StepPlan, StepResult
 from train.errors import PREEMPTED, CannotWriteError, ConfigError, NumericError
 from train.initial_weights import InitialWeights
 from train.metrics import RunMetrics, new_tracker_id, open_metrics, write_status
+from train.notes import notes
 from train.run_checkpoints import RunCheckpoints, restore
 from train.rundir import RunDirectory
 from train.schedules import ramp_value, step_value
@@ -176,6 +177,8 @@ class Trainer:
         if self.rank == 0:
             groups = group_table(self.config.model, self.config.optimizer)
             self.metrics.event("optimizer_groups", groups=[asdict(group) for group in groups])
+            for line in notes(self.config):
+                self.metrics.event("note", text=line)
         ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
         self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)
         while state.stage < len(self.config.stages):

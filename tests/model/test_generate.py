@@ -9,7 +9,7 @@ import model.attention
 from model.cache import Cache, KeyValueCache, LatentCache, new_cache
 from model.config import ModelConfig
 from model.count import cache_bytes_per_token
-from model.errors import ModelError
+from model.errors import DivergedError, ModelError
 from model.generate import generate, sample
 from model.rope import Rotary
 from tests.model.models import model_config, random_model, random_tokens
@@ -146,6 +146,17 @@ def test_ends() -> None:
     rotary = Rotary(config, 64)
     few = list(generate(transformer, [1, 2, 3], rotary=rotary, max_new_tokens=30, temperature=5.0, vocabulary=8))
     assert max(few) < 8
+
+
+def test_diverged_weights_are_one_line() -> None:
+    config = model_config("tiny")
+    model = random_model(config, torch.float32)
+    with torch.no_grad():
+        model.norm.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="have diverged"):
+        next(generate(model, [1, 2], rotary=Rotary(config, 64), max_new_tokens=1))
+    with pytest.raises(DivergedError, match="have diverged"):
+        sample(torch.tensor([0.0, float("nan")]), 0.5)
 
 
 def test_sampling() -> None:

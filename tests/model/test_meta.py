@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -54,14 +53,12 @@ def trained_parameters(name: str) -> int:
 
 
 def a_v3_rank(rank: int, world_size: int) -> dict[str, object]:
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     whole = Transformer(model_config("v3"), torch.bfloat16, device="meta")
-    seconds = time.perf_counter() - began
     (model,) = rank_models("v3", ParallelConfig(pipeline=16, expert=64, schedule="dualpipe"), [517])
     specs, owned = model.specs(), owned_by(model)
     return {
         "mebibytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-        "seconds": seconds,
         "meta": all(tensor.is_meta for m in (whole, model) for tensor in [*m.parameters(), *m.buffers()]),
         "whole": sum(parameter.numel() for parameter in whole.parameters()),
         "held": {part.name: part.shape for spec in specs for part in spec.parts},
