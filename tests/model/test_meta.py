@@ -70,8 +70,8 @@ def a_v3_rank(rank: int, world_size: int) -> dict[str, object]:
 def test_a_rank_of_v3_takes_no_memory() -> None:
     """Rank 517 of 16 x 64: pipeline rank 8, expert rank 5, whose two stages are the 8th and its mirror, the 9th."""
     (found,) = run_distributed(a_v3_rank, 1)
-    print(f"{found['mebibytes']:.0f} MiB; the whole model in {found['seconds']:.2f} s")
-    assert found["meta"] and found["mebibytes"] < 200 and found["seconds"] < 2
+    print(f"{found['mebibytes']:.0f} MiB")
+    assert found["meta"] and found["mebibytes"] < 200
     assert found["whole"] == trained_parameters("v3") == 671_026_404_352 + 11_610_068_224 - 256
     shapes = canonical_shapes(model_config("v3"))
     layers = {int(name.split(".")[1]) for name in found["held"]}
