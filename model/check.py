@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise ModelError(str(error)) from None
     folder = ReleasedFolder(Path(given["folder"]))
-    folder.check_copies()
+    folder.check_values()
     found = describe(folder)
     mtp = f" + {found['mtp_parameters']:,} of MTP" if found["mtp_parameters"] else ""
     yarn = ", YaRN" if found["yarn"] else ""

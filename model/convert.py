@@ -55,7 +55,7 @@ def convert(
     shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
     """Write `source` to a new folder in `dtype`; the names of its files. read: stands in for the source's own."""
-    source.check_copies()
+    source.check_values()
     files: list[str] = []
     export_model(
         to,

@@ -123,11 +123,17 @@ class ReleasedFolder:
             value[low - first : high - first] = self._rows(entry, low - entry.first_row, high - entry.first_row)
         return value
 
-    def check_copies(self) -> None:
-        """CheckpointError when an MTP layer's copy of embedding or head is not equal to it: reads both, a piece at a
-        time.
+    def check_values(self) -> None:
+        """CheckpointError listing scales that are not finite, and MTP layers' copies of embedding or head that are not
+        equal to them. Reads scales and copies, a piece at a time; NaN among weights is found when they are read.
         """
-        problems = []
+        problems = [
+            f"{self.folder}: {entry.scale_name} has a scale that is not finite"
+            for entries in self._entries.values()
+            for entry in entries
+            if self._spans[entry.name].dtype == FP8_NAME
+            and not read_rows(self._spans[entry.scale_name], 0, entry.scale_shape[0]).isfinite().all()
+        ]
         for entry in self._copies:
             original = self._of(entry.canonical)[0]
             step = max(1, COPY_BYTES // (entry.shape[1] * 4))

@@ -35,10 +35,10 @@ class InitialWeights:
             )
             raise CheckpointError(f"initial_weights: {folder} is of another model: {text}")
 
-    def check_copies(self) -> None:
-        """CheckpointError when an MTP layer's copy of embedding or head is none: the run would drop it."""
+    def check_values(self) -> None:
+        """CheckpointError, one line: scales that are not finite, MTP copies that differ (they would be lost)."""
         try:
-            self.folder.check_copies()
+            self.folder.check_values()
         except ModelError as error:
             raise CheckpointError("; ".join(f"initial_weights: {error}".splitlines())) from None
 

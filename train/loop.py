@@ -134,7 +134,7 @@ class Trainer:
             self.engine.initialize(self.config.seed)
             return
         weights = together(lambda: InitialWeights(Path(self.config.initial_weights), self.config.model))
-        together(lambda: weights.check_copies() if self.rank == 0 else None)
+        together(lambda: weights.check_values() if self.rank == 0 else None)
         self.engine.load_weights(weights.rows)
 
     def _set_aside(self, step: int) -> list[Path]:

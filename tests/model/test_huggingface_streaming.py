@@ -196,7 +196,7 @@ def test_a_copy_that_is_none(tmp_path: Path) -> None:
     folder, config = tmp_path / "out", model_config("tiny", num_layers=2)
     tensors = canonical_tensors(random_model(config, torch.float32))
     export_model(folder, config, tensors.__getitem__, length=128, dtype=torch.float32)
-    ReleasedFolder(folder).check_copies()
+    ReleasedFolder(folder).check_values()
     (file,) = folder.glob("*.safetensors")
     stored = load_file(file)
     stored["model.layers.2.shared_head.head.weight"][-1, -1] += 1
@@ -204,4 +204,21 @@ def test_a_copy_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"shared_head\.head\.weight differs from lm_head\.weight, must be a copy"
     ):
-        ReleasedFolder(folder).check_copies()
+        ReleasedFolder(folder).check_values()
+
+
+def test_scales_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
+    folder, config = tmp_path / "out", model_config("tiny", num_layers=2)
+    tensors = canonical_tensors(random_model(config, torch.float32))
+    export_model(folder, config, tensors.__getitem__, length=128, dtype=torch.float8_e4m3fn)
+    ReleasedFolder(folder).check_values()
+    (file,) = folder.glob("*.safetensors")
+    stored = load_file(file)
+    names = ["model.layers.0.mlp.up_proj.weight_scale_inv", "model.layers.1.self_attn.o_proj.weight_scale_inv"]
+    for name, value in zip(names, (float("nan"), float("inf")), strict=True):
+        stored[name][0, 0] = value
+    save_file(stored, file)
+    with pytest.raises(CheckpointError) as failure:
+        ReleasedFolder(folder).check_values()
+    lines = str(failure.value).splitlines()
+    assert lines == [f"{folder}: {name} has a scale that is not finite" for name in sorted(names)]
