@@ -8,7 +8,7 @@ Shape letters: N tokens (= B sequences x T positions), H heads, R rotary width, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from kernels import norm
 from kernels.rope import rotate, rotate_
 from model.attention import Attention
 from model.attention_core import Geometry
-from model.ops import Input, Ops
+from model.ops import USED, Input, Ops
 
 
 @dataclass
@@ -83,7 +83,9 @@ class LatentAttention:
         """(output [N, H * C], softmax statistics)."""
         e = self.expand(*inputs)
         if not self.ops.recompute:
-            self._expanded = e
+            # Products have used the rows of the inputs; their weight gradients take the columns.
+            q_input = e.q_input and replace(e.q_input, rows=USED)
+            self._expanded = replace(e, q_input=q_input, kv_input=replace(e.kv_input, rows=USED))
         out, statistics = kernel.attention(e.q_BHTx, e.k_BHTx, e.v_BHTC, self.geometry.softmax_scale)
         return self.geometry.flat(out), statistics
 

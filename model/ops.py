@@ -239,13 +239,13 @@ class Kept:
 
 
 # In place of rows that the forward product has used: they must not live on until the backward.
-_USED = torch.empty(0)
+USED = torch.empty(0)
 
 
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, given: Input, ops: Ops, name: str) -> torch.Tensor:
-        ctx.kept = weight, replace(given, rows=_USED), ops, name
+        ctx.kept = weight, replace(given, rows=USED), ops, name
         return ops.multiply(given, weight, name)
 
     @staticmethod

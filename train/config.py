@@ -15,10 +15,13 @@ from parallel.optimizer.config import OptimizerConfig
 
 @dataclass
 class PrecisionConfig:
-    """compute: `bfloat16`, `float32` or `float64`. fp8: DeepSeek's FP8 recipe for the linears (V3 section 3.3)."""
+    """compute: `bfloat16`, `float32` or `float64`. fp8: DeepSeek's FP8 recipe for the linears (V3 section 3.3).
+    recompute: RMSNorm, MLA's up-projections and SwiGLU are computed again in the backward (section 3.2.3); false keeps
+    their results. The same numbers either way."""
 
     compute: str = "bfloat16"
     fp8: bool = False
+    recompute: bool = True
 
 
 @dataclass

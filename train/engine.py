@@ -94,6 +94,7 @@ class Engine:
         rank: int,
         sources: int,
         device: Device = HOST,
+        recompute: bool = True,
     ) -> None:
         self.config, self.parallel, self.dtype, self.sources, self.device = model, parallel, dtype, sources, device
         self.topology = Topology.of(parallel, rank)
@@ -110,7 +111,7 @@ class Engine:
         self.dispatcher = AllToAllDispatcher(model.num_routed_experts, expert_groups[mine], device)
         self.optimizer = Zero1(self.model.specs(), optimizer, self.groups, rank)
         self.store = WeightGradStore(self.optimizer)
-        self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps)
+        self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps, recompute)
         self.stages = self.model.build_stages(self.ops, self.dispatcher)
         self.moe_layers = list(moe_layers(model).values())
         self._rotaries: dict[int, Rotary] = {}

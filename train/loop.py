@@ -62,6 +62,7 @@ class Trainer:
             config.precision.fp8,
             rank,
             len(self.sources),
+            recompute=config.precision.recompute,
         )
         self._layers = tuple(moe_layers(config.model))
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)

@@ -19,6 +19,18 @@ from model.config import ModelConfig
 Bytes = dict[str, int]
 BF16, FP32, INT64 = 2, 4, 8
 
+# What is kept for recomputation alone once the input gradients are there.
+RECOMPUTED_FROM = (
+    "residual into attention",
+    "residual into MLP",
+    "latent keys and values",
+    "latent queries",
+    "SwiGLU input",
+    "SwiGLU input, shared",
+    "SwiGLU input, routed",
+    "router weights of rows",
+)
+
 
 def rows_fp8(rows: int, width: int) -> int:
     """E4M3 codes and FP32 scales of 1x128 tiles."""
@@ -83,21 +95,19 @@ def _latent_norms(config: ModelConfig) -> list[int]:
     return [config.q_lora_rank, config.kv_lora_rank] if config.attention == "mla" else []
 
 
-def _kept_instead_of_recomputed(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> int:
-    """Results of RMSNorm, up-projections and SwiGLU, as the weight gradients and attention's backward take them."""
-    N, d = load.tokens, config.hidden_size
-    inner = config.num_shared_experts * config.moe_intermediate_size if moe else config.intermediate_size
-    widths = [d, d, *_latent_norms(config), inner]
-    found = sum(columns_fp8(N, w) if choices.fp8 else BF16 * N * w for w in widths if w)
-    if moe:
-        f = config.moe_intermediate_size
-        found += columns_fp8(load.padded, f) if choices.fp8 else BF16 * load.expanded * f
-    return found + _expanded(config, N)
+def _kept_instead_of_recomputed(config: ModelConfig, moe: bool, load: Load) -> int:
+    """Results of RMSNorm, up-projections and SwiGLU, as they were computed."""
+    N, f = load.tokens, config.moe_intermediate_size
+    inner = config.num_shared_experts * f if moe else config.intermediate_size
+    values = N * (2 * config.hidden_size + sum(_latent_norms(config)) + inner) + load.expanded * f * moe
+    return BF16 * values + _expanded(config, N)
 
 
 def _expanded(config: ModelConfig, N: int) -> int:
-    """Queries, keys and values of all heads, projected up from the latents; grouped-query attention keeps its own."""
-    return BF16 * N * config.num_heads * (2 * config.qk_head_dim + config.v_head_dim) * (config.attention == "mla")
+    """Queries, keys and values of all heads, projected up from the latents, and the keys with their rotary part;
+    grouped-query attention keeps its own."""
+    width = 2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    return BF16 * N * config.num_heads * width * (config.attention == "mla")
 
 
 def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Choices) -> Bytes:
@@ -118,7 +128,7 @@ def layer_after_forward(config: ModelConfig, moe: bool, load: Load, choices: Cho
         found["router"] = FP32 * (N * (E + 2 + chosen) + load.sequences * (E + 1))
         found["indices"] = INT64 * (N * K + (0 if load.alone else load.moved) + 2 * X)
     if choices.recompute == "off":
-        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load, choices)
+        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load)
     return {name: size for name, size in found.items() if size}
 
 
@@ -149,8 +159,9 @@ def layer_after_input_gradient(config: ModelConfig, moe: bool, load: Load, choic
         found["gradient of the experts' result"] = gradient_of_rows(d)
         found["gradient of router logits"] = FP32 * N * config.num_routed_experts
     if choices.recompute == "off":
-        kept = _kept_instead_of_recomputed(config, moe, load, choices)
-        found["kept, not recomputed"] = kept - _expanded(config, N)
+        for name in RECOMPUTED_FROM:
+            found.pop(name, None)
+        found["kept, not recomputed"] = _kept_instead_of_recomputed(config, moe, load) - _expanded(config, N)
     return {name: size for name, size in found.items() if size}
 
 
@@ -170,6 +181,12 @@ def _output(config: ModelConfig, D: int, N: int, choices: Choices, queued: bool)
         "residual into final norms": (1 + D) * state,
         "MTP: embeddings and states joined": 2 * D * state,
     }
+    if choices.recompute == "off":
+        # What enters a join is the result of a final norm.
+        found["kept, not recomputed"] = (1 + 2 * D) * state
+    if queued and choices.recompute == "off":
+        del found["residual into final norms"], found["MTP: embeddings and states joined"]
+        found["kept, not recomputed"] += D * state
     if queued:
         # Of the projection's result and of the embedding looked up; the gains of both norms of a join and of the final.
         found["MTP: gradients"] = 2 * D * state

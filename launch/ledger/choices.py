@@ -38,7 +38,7 @@ EFFECTS: dict[str, dict[str, str]] = {
     },
     "recompute": {
         "on": "RMSNorm, MLA up-projections and SwiGLU are computed again in the backward",
-        "off": "their results are kept too (not in the code: what recomputation saves)",
+        "off": "their results are kept too, in BF16 (precision.recompute=false)",
     },
     "attention_output": {
         "int16": "an E5M6 code of 12 bits lies in 16",

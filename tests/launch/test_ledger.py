@@ -94,9 +94,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SEQUENCES, LENGTH = 2, 72
 
 
-def build(config: ModelConfig, contents: Contents, fp8: bool) -> TransformerStage:
+def build(config: ModelConfig, contents: Contents, fp8: bool, recompute: bool = True) -> TransformerStage:
     torch.manual_seed(3)
-    ops = Ops(WeightGradStore(Drop()), torch.bfloat16, fp8, config.rms_norm_eps)
+    ops = Ops(WeightGradStore(Drop()), torch.bfloat16, fp8, config.rms_norm_eps, recompute)
     dispatcher = AllToAllDispatcher(config.num_routed_experts, None) if config.has_experts else None
 
     def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -163,9 +163,9 @@ def input_gradient(stage: TransformerStage, chunk: int) -> None:
     drain(stage.backward_program(chunk, None if dy is None else Pending((), partial(same, dy)), True, lambda dx: None))
 
 
-def measured(config: ModelConfig, contents: Contents, fp8: bool) -> tuple[int, int, int, Load]:
+def measured(config: ModelConfig, contents: Contents, fp8: bool, recompute: bool = True) -> tuple[int, int, int, Load]:
     """Bytes after F, after I and after W; and the load that the router really made."""
-    stage = build(config, contents, fp8)
+    stage = build(config, contents, fp8, recompute)
     forward(stage, 0)  # the first use of a weight quantises it
     input_gradient(stage, 0)
     stage.ops.store.run_oldest((0, 0, 0))
@@ -221,6 +221,17 @@ def test_cached_bytes_are_those_of_the_code(changes: str, stage: str, caches: st
     assert after_forward - few == expected
     queued = sum(stage_after_input_gradient(config, contents, load, choices).values())
     assert after_input - few == queued
+
+
+@pytest.mark.parametrize("caches", ["fp8", "bf16"])
+@pytest.mark.parametrize("changes", ["as V3", "queries not compressed", "grouped keys"])
+@pytest.mark.parametrize("stage", ["dense", "moe", "head and MTP"])
+def test_cached_bytes_without_recomputation(changes: str, stage: str, caches: str) -> None:
+    config, contents = model_config("tiny", **(WIDE | CONFIGS[changes][0])), STAGES[stage]
+    after_forward, after_input, few, load = measured(config, contents, caches == "fp8", recompute=False)
+    choices = Choices(caches=caches, recompute="off")
+    assert after_forward - few == sum(stage_after_forward(config, contents, load, choices).values())
+    assert after_input - few == sum(stage_after_input_gradient(config, contents, load, choices).values())
 
 
 # State --------------------------------------------------------------------------------------------------------------

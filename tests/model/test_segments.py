@@ -180,6 +180,24 @@ def test_equals_the_plain_layer_and_autograd(case: str) -> None:
         assert torch.equal(s.segmented.load_E, statistics.load_E)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_results_kept_instead_of_recomputed_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed, kept = setting(**CASES[case]), setting(**CASES[case])
+    kept.segmented.ops.recompute = False
+    found = [(forward(s, state), backward(s, state)) for s, state in ((recomputed, LayerState()), (kept, LayerState()))]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    pairs = zip(recomputed.layer.parameters(), kept.layer.parameters(), strict=True)
+    assert all(torch.equal(recomputed.sink.grads[one], kept.sink.grads[other]) for one, other in pairs)
+    calls: list[torch.Tensor] = []
+    plain = norm.rmsnorm
+    monkeypatch.setattr(norm, "rmsnorm", lambda x, *rest: calls.append(x) or plain(x, *rest))
+    state = LayerState()
+    forward(kept, state)
+    before = len(calls)
+    backward(kept, state)
+    assert before and len(calls) == before
+
+
 def test_all_tokens_to_one_expert() -> None:
     s, state = setting(**CASES["moe, all tokens to one expert"]), LayerState()
     forward(s, state)
