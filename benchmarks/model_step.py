@@ -18,6 +18,9 @@ the benchmark runs meanwhile. Figures are medians over the timed steps. Peak mem
 from after loading to the end, less what it held before its model was built: weights, gradients, optimizer states,
 activations and the allocator's waste. The share of matrix products is their own time in one step by torch.profiler.
 
+Products take most of a step, so the ratio depends on how fast they are: `gflops_before` and `gflops_after` are the rate
+of one product alone, with the same threads.
+
 The last line is one JSON object. `tokens_per_s_ratio`: ours over theirs, at least 1.3; `peak_memory_ratio`: at most 1;
 `largest_loss_difference` over all steps: at most 1e-4. Exit code 1 when one of them is missed; 69 when a side fails.
 """
@@ -30,6 +33,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,17 @@ def batched_bytes(work: Work) -> int:
 
 def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def product_rate() -> float:
+    """Gflop/s of one product of [2048, 512] and [512, 512] alone, the median of many: what the machine gives now."""
+    a, b, out = torch.randn(2048, 512), torch.randn(512, 512), torch.empty(2048, 512)
+    taken = []
+    for _ in range(50):
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        taken.append(time.perf_counter() - started)
+    return 2e-9 * 2048 * 512 * 512 / statistics.median(taken)
 
 
 def trial(name: str, work: Work) -> dict[str, Any]:
@@ -206,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="bireme_model_step_") as folder,
         Progress(*columns, console=console, transient=True) as progress,
     ):
+        torch.set_num_threads(arguments.threads)
+        rate = product_rate()
         config = model_config(arguments.model)
         work = Work(Path(folder) / "model", config, arguments.sequences, arguments.length, arguments.threads)
         export(work.folder, config, arguments.length)
@@ -223,6 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         "steps": arguments.steps,
         "threads": arguments.threads,
         "tokens_per_step": arguments.sequences * arguments.length,
+        "gflops_before": round(rate, 1),
+        "gflops_after": round(product_rate(), 1),
         "load_before": round(load, 2),
         "load_after": round(os.getloadavg()[0], 2),
     }

@@ -29,15 +29,17 @@ def attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> t
     out, lse_BHT1 = _like(v_BHTV, q_BHTK.dtype), q.new_empty((*q.shape[:-1], 1))
     future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
     scratch = q.new_empty(_scratch(q))
-    for b, heads, first, last in _blocks(q):
-        rows = (b, heads, slice(first, last))
-        score = _tile(scratch, heads, last - first, last)
-        torch.baddbmm(score, q[rows], k[b, heads, :last].mT, beta=0, alpha=scale, out=score)
-        score[:, :, first:].add_(future[: last - first, : last - first])
-        highest = score.amax(-1, keepdim=True)
-        total = score.sub_(highest).exp_().sum(-1, keepdim=True)
-        out[rows] = torch.bmm(score, v[b, heads, :last]).div_(total)
-        lse_BHT1[rows] = total.log_().add_(highest)
+    for at in _groups(q):
+        keys, values, last = k[at].mT, v[at], 0
+        for q_i, out_i, lse_i in zip(*(x[at].split(BLOCK, 1) for x in (q, out, lse_BHT1)), strict=True):
+            first, last = last, last + q_i.shape[1]
+            score = _tile(scratch, q_i, last)
+            torch.baddbmm(score, q_i, keys[..., :last], beta=0, alpha=scale, out=score)
+            score[..., first:].add_(future[: last - first, : last - first])
+            highest = score.amax(-1, keepdim=True)
+            total = score.sub_(highest).exp_().sum(-1, keepdim=True)
+            torch.div(torch.bmm(score, values[:, :last]), total, out=out_i)
+            torch.add(total.log_(), highest, out=lse_i)
     return out, lse_BHT1.squeeze(-1)
 
 
@@ -56,35 +58,32 @@ def attention_backward(
     dq, dk, dv = _like(q, dtype), _like(k, dtype), _like(v, dtype)
     future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
     probabilities, dscores = q.new_empty(2, _scratch(q)).unbind()
-    dkeys = dvalues = q
-    for b, heads, first, last in _blocks(q):
-        if not first:
-            dkeys, dvalues = torch.zeros_like(k[b, heads]), torch.zeros_like(v[b, heads])
-        rows, length = (b, heads, slice(first, last)), last - first
-        keys, values = k[b, heads, :last], v[b, heads, :last]
-        probability = _tile(probabilities, heads, length, last).copy_(negative_lse[rows])
-        torch.baddbmm(probability, q[rows], keys.mT, alpha=scale, out=probability)
-        probability[:, :, first:].add_(future[:length, :length])
-        probability.exp_()
-        dvalues[:, :last] += torch.bmm(probability.mT, dout[rows])
-        dscore = _tile(dscores, heads, length, last).copy_(negative_delta[rows])
-        torch.baddbmm(dscore, dout[rows], values.mT, out=dscore).mul_(probability)
-        torch.mul(torch.bmm(dscore, keys), scale, out=dq[rows])
-        dkeys[:, :last] += torch.bmm(dscore.mT, q[rows])
-        if last == q.shape[2]:
-            torch.mul(dkeys, scale, out=dk[b, heads])
-            dv[b, heads] = dvalues
+    for at in _groups(q):
+        keys, values, last = k[at], v[at], 0
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+        by_block = (x[at].split(BLOCK, 1) for x in (q, dout, dq, negative_lse, negative_delta))
+        for q_i, dout_i, dq_i, lse_i, delta_i in zip(*by_block, strict=True):
+            first, last = last, last + q_i.shape[1]
+            keys_i = keys[:, :last]
+            probability = _tile(probabilities, q_i, last).copy_(lse_i)
+            torch.baddbmm(probability, q_i, keys_i.mT, alpha=scale, out=probability)
+            probability[..., first:].add_(future[: last - first, : last - first])
+            probability.exp_()
+            dvalues[:, :last] += torch.bmm(probability.mT, dout_i)
+            dscore = _tile(dscores, q_i, last).copy_(delta_i)
+            torch.baddbmm(dscore, dout_i, values[:, :last].mT, out=dscore).mul_(probability)
+            torch.mul(torch.bmm(dscore, keys_i), scale, out=dq_i)
+            dkeys[:, :last] += torch.bmm(dscore.mT, q_i)
+        torch.mul(dkeys, scale, out=dk[at])
+        dv[at] = dvalues
     return dq, dk, dv
 
 
-def _blocks(q: Tensor) -> Iterator[tuple[int, slice, int, int]]:
-    """(sequence, heads, first query, last query) of every tile, blocks of queries innermost."""
+def _groups(q: Tensor) -> Iterator[tuple[int, slice]]:
+    """(sequence, heads) of every group of tiles that are worked off together."""
     B, H, T, _ = q.shape
     together = max(1, TILE // (BLOCK * max(T, 1)))
-    for b in range(B):
-        for head in range(0, H, together):
-            for first in range(0, T, BLOCK):
-                yield b, slice(head, min(head + together, H)), first, min(first + BLOCK, T)
+    return ((b, slice(head, min(head + together, H))) for b in range(B) for head in range(0, H, together))
 
 
 def _scratch(q: Tensor) -> int:
@@ -92,9 +91,10 @@ def _scratch(q: Tensor) -> int:
     return min(q.shape[1], max(1, TILE // (BLOCK * max(q.shape[2], 1)))) * BLOCK * q.shape[2]
 
 
-def _tile(scratch: Tensor, heads: slice, rows: int, columns: int) -> Tensor:
-    together = heads.stop - heads.start
-    return scratch[: together * rows * columns].view(together, rows, columns)
+def _tile(scratch: Tensor, q_hiK: Tensor, keys: int) -> Tensor:
+    """[heads, queries, keys] of the scratch memory."""
+    shape = (*q_hiK.shape[:2], keys)
+    return scratch[: shape[0] * shape[1] * keys].view(shape)
 
 
 def _like(x_BHTW: Tensor, dtype: torch.dtype) -> Tensor:
