@@ -46,7 +46,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.model_sides import Ours, Side, SideFailed, Stepped, Transformers, Work
+from benchmarks.model_sides import Build, Ours, Side, SideFailed, Stepped, Transformers, Work
 from model.config import ModelConfig
 from model.huggingface import export_model
 from model.initialize import initialize
@@ -140,7 +140,7 @@ def measure(work: Work, steps: int, progress: Progress) -> tuple[list[dict[str, 
         trials.append(trial(name, work))
         progress.advance(bar)
     fastest = max(trials, key=lambda found: found["tokens_per_s"])["name"]
-    builds = {KEEP: Ours(recompute=False), RECOMPUTE: Ours(recompute=True), fastest: THEIRS[fastest]}
+    builds: dict[str, Build] = {KEEP: Ours(recompute=False), RECOMPUTE: Ours(recompute=True), fastest: THEIRS[fastest]}
     sides: dict[str, Side] = {}
     taken: dict[str, list[Stepped]] = {name: [] for name in builds}
     difference = 0.0
