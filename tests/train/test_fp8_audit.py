@@ -22,6 +22,7 @@ from torch import nn
 import model.ops
 from data.contract import IGNORE, MicroBatch, StepCounts
 from kernels.quantize import Quantized, dequantize, quantize_columns, quantize_rows
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from model.ops import Input, Ops
 from parallel.config import ParallelConfig
@@ -88,7 +89,7 @@ def audited_step(
     order = engine.sample_order(0, sequences, MICRO_BATCH)
     batches = {key: random_batch(samples, config.vocab_size) for key, samples in order.items()}
     labels = sequences * LENGTH
-    plan = StepPlan(StepCounts(labels, (labels,), sequences, labels), 1e-3, 0.3, 1e-4, 1e-3)
+    plan = StepPlan(StepCounts(labels, (labels,), sequences, labels), 1e-3, 0.3, BalanceWeights(sequence=1e-4), 1e-3)
     audit = StepAudit(engine.ops)
     with audit.watching():
         engine.step(batches, sequences // (engine.topology.replicas * MICRO_BATCH), plan)
