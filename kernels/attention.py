@@ -27,7 +27,7 @@ def attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float) -> t
     compute = torch.promote_types(q_BHTK.dtype, torch.float32)
     q, k, v = q_BHTK.to(compute), k_BHTK.to(compute), v_BHTV.to(compute)
     out, lse_BHT1 = _like(v_BHTV, q_BHTK.dtype), q.new_empty((*q.shape[:-1], 1))
-    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
+    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute, device=q.device).triu_(1)
     scratch = q.new_empty(_scratch(q))
     for at in _groups(q):
         keys, values, last = k[at].mT, v[at], 0
@@ -56,7 +56,7 @@ def attention_backward(
     negative_lse = lse_BHT.to(compute).neg().unsqueeze(-1)
     negative_delta = torch.linalg.vecdot(dout, out_BHTV.to(compute)).neg_().unsqueeze(-1)
     dq, dk, dv = _like(q, dtype), _like(k, dtype), _like(v, dtype)
-    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute).triu_(1)
+    future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=compute, device=q.device).triu_(1)
     probabilities, dscores = q.new_empty(2, _scratch(q)).unbind()
     for at in _groups(q):
         keys, values, last = k[at], v[at], 0

@@ -101,10 +101,7 @@ def _subtract_labels(probability: Tensor, labels_M: Tensor, scale_M: Tensor, ign
 
 
 def _clear(x_MV: Tensor, ignored_M: Tensor) -> Tensor:
-    """Zero the ignored rows, in place. Not by a factor of zero: an ignored row may hold anything, NaN too."""
-    if x_MV.device.type != "cpu":
-        # Nor after a test for any: the host would wait for it.
-        return x_MV.masked_fill_(ignored_M.unsqueeze(-1), 0.0)
-    if ignored_M.any():
-        x_MV[ignored_M] = 0.0
-    return x_MV
+    """Zero the ignored rows, in place. Not by a factor of zero: an ignored row may hold anything, NaN too. Nor after a
+    test for any, as the host would wait for it.
+    """
+    return x_MV.masked_fill_(ignored_M.unsqueeze(-1), 0.0)
