@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.tiles import TILE, multiply_tiles, scales_from_amax, tile_count, tile_scales
+from kernels.tiles import TILE, multiply_tiles, scales_from_amax, tile_amax, tile_count
 
 E4M3_MAX = 448.0
 WIDTH_MULTIPLE = 16
@@ -191,13 +191,27 @@ def padded_rows(count: int) -> int:
     return tile_count(count, TILE) * TILE
 
 
+def choose_scales(amax: Tensor, power_of_two: bool) -> Tensor:
+    """FP32 scales of tiles from their largest absolute values, of any shape; overwrites `amax`.
+
+    All quantisers here call this and `round_to_codes` by these names and write no number another way, so that a study
+    of another format replaces the two.
+    """
+    return scales_from_amax(amax, E4M3_MAX, power_of_two)
+
+
+def round_to_codes(scaled: Tensor) -> Tensor:
+    """FP32 numbers, already divided by their scales, to the nearest E4M3 number, ties to even; may overwrite them."""
+    return scaled.to(torch.float8_e4m3fn)
+
+
 def _quantize(x: Tensor, row_tile: int, column_tile: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """x [..., R, C] contiguous -> E4M3 data of that shape, FP32 scale."""
     values = x.to(torch.float32)
-    scale = tile_scales(values, row_tile, column_tile, E4M3_MAX, power_of_two)
+    scale = choose_scales(tile_amax(values, row_tile, column_tile), power_of_two)
     scaled = values if values is not x else torch.empty_like(values)
     multiply_tiles(values, scale.reciprocal(), row_tile, column_tile, out=scaled)
-    return scaled.to(torch.float8_e4m3fn), scale
+    return round_to_codes(scaled), scale
 
 
 def _decode(data: Tensor) -> Tensor:
@@ -220,8 +234,8 @@ def _quantize_groups(x_MK: Tensor, counts: tuple[int, ...], power_of_two: bool) 
     amax = values.new_empty((padded // TILE, x_MK.shape[1]))
     for tile, rows in enumerate(values.abs().split(_tile_rows(counts))):
         torch.amax(rows, 0, out=amax[tile])
-    scale = scales_from_amax(amax, E4M3_MAX, power_of_two)
-    codes = (values * _spread(scale.reciprocal(), counts)).to(torch.float8_e4m3fn).view(torch.uint8)
+    scale = choose_scales(amax, power_of_two)
+    codes = round_to_codes(values * _spread(scale.reciprocal(), counts)).view(torch.uint8)
     data = codes.new_zeros((padded, x_MK.shape[1])).index_copy_(0, _padded_position(counts, codes.device), codes)
     return Quantized(data.view(torch.float8_e4m3fn).t(), scale.t(), counts)
 

@@ -56,16 +56,21 @@ def ceil_power_of_two(scale: Tensor) -> Tensor:
     return up.add_(scale * 0.0)
 
 
+def tile_amax(matrix: Tensor, row_tile: int, column_tile: int) -> Tensor:
+    """Largest absolute value of each tile, [..., tiles of R, tiles of C], in the matrix's dtype."""
+    *lead, rows, columns = matrix.shape
+    amax = matrix.new_empty((*lead, tile_count(rows, row_tile), tile_count(columns, column_tile)))
+    for tiles, tile_largest in tiled(matrix.abs(), amax, row_tile, column_tile):
+        tile_largest.copy_(tiles.amax((-3, -1)))
+    return amax
+
+
 def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float, power_of_two: bool) -> Tensor:
     """FP32 scales [..., tiles of R, tiles of C]: max(amax, 2^-100) / largest, rounded up to a power of two when asked.
 
     A NaN or infinity in a tile makes its scale NaN or infinite: it cannot be lost on the way.
     """
-    *lead, rows, columns = matrix.shape
-    scale = matrix.new_empty((*lead, tile_count(rows, row_tile), tile_count(columns, column_tile)))
-    for tiles, tile_scale in tiled(matrix.abs(), scale, row_tile, column_tile):
-        tile_scale.copy_(tiles.amax((-3, -1)))
-    return scales_from_amax(scale, largest, power_of_two)
+    return scales_from_amax(tile_amax(matrix, row_tile, column_tile), largest, power_of_two)
 
 
 def scales_from_amax(amax: Tensor, largest: float, power_of_two: bool) -> Tensor:
