@@ -1,0 +1,230 @@
+"""FP8 beside BF16 over a training: does the recipe cost loss, and could this study tell?
+
+    python benchmarks/fp8_study.py --out DIR [--steps 1000] [--seeds 3] [--tokens 512] [--jobs 2]
+    python benchmarks/fp8_study.py --out DIR --report          # starts nothing: judges the runs that are finished
+
+Trains `conf/model/study.yaml` in four variants and several seeds. A seed chooses weights and data order, the same for
+all variants. bf16; fp8, the recipe; e4m1, a control: the recipe with operands of one mantissa bit; per_tensor, E4M3
+with one scale per tensor (benchmarks/fp8_variants.py). Losses are smoothed as in DeepSeek-V3's figure 10 (moving
+average, decay 0.9); the figure of merit is (variant - BF16) / BF16 averaged over the last fifth of the steps, by seed.
+
+- The recipe's mean over seeds is to lie within 0.25 %.
+- The control separates when its mean and the recipe's are further apart than twice the standard deviation over seeds,
+  pooled over both. If it does not, the study is without power and says so.
+
+Losses are written to DIR as they come. The same command again continues with the runs that are not finished. Exit
+code 1: without power, or the target missed. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.fp8_figures import BASE, TARGET, Losses, Verdict, draw, judge, last_mean, smooth
+from benchmarks.fp8_run import VARIANTS, Finished, Run, load, save
+from data.errors import DataError
+from train.errors import AgreedError, CannotWriteError, ConfigError, RunError
+
+
+def work(run: Run, folder: Path, out: Connection) -> None:
+    """One run on one thread: sends each loss, then None; or what is wrong and its exit code."""
+    torch.set_num_threads(1)
+    try:
+        for loss in save(run, folder):
+            out.send(loss)
+        out.send(None)
+    except (DataError, RunError) as error:
+        out.send((str(error), error.exit_code))
+
+
+class Workers:
+    """At most `jobs` runs at a time, in order, each in a process of its own."""
+
+    def __init__(self, runs: list[Run], folder: Path, jobs: int) -> None:
+        self._waiting, self._folder, self._jobs = list(runs), folder, jobs
+        self._context = multiprocessing.get_context("spawn")
+        self._running: dict[Connection, tuple[Run, BaseProcess]] = {}
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self._jobs:
+            run = self._waiting.pop(0)
+            receiving, sending = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=work, args=(run, self._folder, sending), daemon=True)
+            process.start()
+            sending.close()
+            self._running[receiving] = run, process
+
+    def losses(self) -> Iterator[tuple[Run, float | None]]:
+        """(run, loss) as they come, None for its end. Raises AgreedError with the line of the first run that fails."""
+        self._fill()
+        while self._running:
+            for connection in wait(list(self._running)):
+                assert isinstance(connection, Connection)
+                run, process = self._running[connection]
+                try:
+                    got = connection.recv()
+                except EOFError:
+                    raise RunError(f"{run.name}: the process ended without a word") from None
+                if isinstance(got, tuple):
+                    raise AgreedError(f"{run.name}: {got[0]}", got[1])
+                if got is None:
+                    process.join()
+                    del self._running[connection]
+                    self._fill()
+                yield run, got
+
+    def stop(self) -> None:
+        for _, process in self._running.values():
+            process.terminate()
+
+
+def carry_out(runs: list[Run], folder: Path, jobs: int, console: Console) -> None:
+    """Train what is to be trained. Off a terminal a run's loss is printed ten times instead of a moving bar."""
+    workers, steps = Workers(runs, folder, jobs), dict.fromkeys(runs, 0)
+    with bars(runs, console) as progress:
+        tasks = {run: progress.add_task(run.name, total=run.steps, loss="-") for run in runs}
+        try:
+            for run, loss in workers.losses():
+                if loss is None:
+                    continue
+                steps[run] += 1
+                progress.update(tasks[run], advance=1, loss=f"{loss:.3f}")
+                if not console.is_terminal and steps[run] % max(1, run.steps // 10) == 0:
+                    console.print(f"{run.name}: step {steps[run]}, loss {loss:.4f}")
+        finally:
+            workers.stop()
+
+
+@contextmanager
+def bars(runs: list[Run], console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def by_variant(found: dict[Run, Finished]) -> Losses:
+    """Losses of the seeds that every variant has finished."""
+    seeds = sorted({run.seed for run in found})
+    whole = [seed for seed in seeds if len([run for run in found if run.seed == seed]) == len(VARIANTS)]
+    losses: dict[str, dict[int, list[float]]] = {variant: {} for variant in VARIANTS}
+    for run, finished in found.items():
+        if run.seed in whole:
+            losses[run.variant][run.seed] = finished.losses
+    return losses
+
+
+def table(losses: Losses, verdict: Verdict) -> Table:
+    out = Table("variant", "loss at the end", *(f"seed {seed} (%)" for seed in losses[BASE]), "mean (%)", "spread (%)")
+    for variant, runs in losses.items():
+        final = sum(last_mean(smooth(values)) for values in runs.values()) / len(runs)
+        row = [variant, f"{final:.4f}"]
+        if variant != BASE:
+            row += [f"{100 * value:+.3f}" for value in verdict.differences[variant].values()]
+            row += [f"{100 * verdict.mean[variant]:+.3f}", f"{100 * verdict.spread[variant]:.3f}"]
+        out.add_row(*row)
+    return out
+
+
+def summary(found: dict[Run, Finished], losses: Losses, verdict: Verdict, given: argparse.Namespace) -> dict[str, Any]:
+    runs = list(found.values())
+
+    def mean_loss(variant: str) -> float:
+        return sum(last_mean(smooth(values)) for values in losses[variant].values()) / len(losses[variant])
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {
+        "steps": given.steps,
+        "tokens_per_step": given.tokens,
+        "seeds": list(losses[BASE]),
+        "relative_difference": {k: {str(s): v for s, v in d.items()} for k, d in verdict.differences.items()},
+        "mean": verdict.mean,
+        "seed_spread": {variant: number(value) for variant, value in verdict.spread.items()},
+        "control_minus_recipe": verdict.distance,
+        "pooled_spread": number(verdict.pooled),
+        "control_separates": verdict.separates,
+        "target": TARGET,
+        "within_target": verdict.within_target,
+        "loss_last_fifth": {variant: mean_loss(variant) for variant in losses},
+        "unigram_entropy": sum(run.unigram for run in runs) / len(runs),
+        "seconds_per_step": {
+            variant: sum(f.seconds for r, f in found.items() if r.variant == variant) / len(losses[variant])
+            for variant in losses
+        },
+        "missed": verdict.missed(),
+    }
+
+
+def study(given: argparse.Namespace, console: Console) -> int:
+    """Exit code. Raises RunError, DataError."""
+    folder, rest = Path(given.out), (given.corpus, given.steps, given.tokens, given.length, given.rate)
+    runs = [Run(v, seed, *rest, tuple(given.overrides)) for seed in range(1, given.seeds + 1) for v in VARIANTS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWriteError(f"{folder}: {error.strerror}") from None
+    unfinished = [run for run in runs if load(run, folder) is None]
+    if unfinished and not given.report:
+        carry_out(unfinished, folder, given.jobs, console)
+    found = {run: finished for run in runs if (finished := load(run, folder)) is not None}
+    losses = by_variant(found)
+    if not losses[BASE]:
+        raise ConfigError(f"{folder}: no seed has all of {', '.join(VARIANTS)} finished; run it without --report")
+    found = {run: finished for run, finished in found.items() if run.seed in losses[BASE]}
+    verdict = judge(losses)
+    draw(losses, given.tokens, Path(given.image))
+    console.print(table(losses, verdict))
+    for line in verdict.missed():
+        console.print(line)
+    print(json.dumps(summary(found, losses, verdict, given)))
+    return 1 if verdict.missed() else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Loss of FP8 training beside BF16, with a positive control.")
+    parser.add_argument("--out", required=True, help="directory of the losses; finished runs in it are kept")
+    parser.add_argument("--corpus", default="data_cache/demo", help="directory of a built corpus")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 1")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="train nothing; judge the finished runs")
+    parser.add_argument("--image", default="fp8_study.png")
+    parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    given = parser.parse_args()
+    if min(given.steps, given.length, given.seeds, given.jobs) < 1 or given.tokens < 1 or given.tokens % given.length:
+        parser.exit(64, "fp8_study: --steps, --seeds, --jobs 1 or more, --tokens a multiple of --length\n")
+    try:
+        code = study(given, Console())
+    except (DataError, RunError) as error:
+        parser.exit(error.exit_code, f"fp8_study: {error}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
