@@ -8,11 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.quantize import Quantized, quantize_columns, quantize_rows
+
 
 def rmsnorm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """[..., D] -> [..., D] in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * _inverse_rms(wide, eps)).mul_(gain_D.to(wide.dtype)).to(x.dtype)
+
+
+def rmsnorm_rows(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool = False) -> tuple[Tensor, Quantized]:
+    """[M, D] -> (y [M, D] in x's dtype, its 1x128 tiles), the tiles from the rounded y: what a linear in FP8 and one
+    outside the FP8 set take of the same y is the same number. D: any multiple of 16."""
+    y_MD = rmsnorm(x_MD, gain_D, eps)
+    return y_MD, quantize_rows(y_MD, power_of_two)
+
+
+def rmsnorm_columns(x_MD: Tensor, gain_D: Tensor, eps: float) -> Quantized:
+    """[M, D] -> y computed again and quantised along tokens, for the weight gradient: data [D, M], scale
+    [D, ceil(M/128)]."""
+    return quantize_columns(rmsnorm(x_MD, gain_D, eps))
 
 
 def rmsnorm_backward(dy: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,19 @@
 
 Shapes: M rows, F hidden features; gate_up [M, 2F] holds gate in its first F columns, up in the rest; row_weight [M].
 The weight multiplies here, before the down-projection, so that combining experts is a plain sum. Backward recomputes
-from gate_up, which is all that is kept.
+from gate_up, which is all that is kept: as it is, or in FP8 (V3 section 3.3.3), where the forward takes the exact
+numbers and everything in the backward those of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kernels.quantize import Quantized, dequantize, quantize_columns, quantize_rows
 
 # Elements per piece of rows: a piece and its temporaries stay in the cache.
 PIECE = 1 << 19
@@ -51,6 +54,34 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, row_weight_M: Tensor | None = N
         if wide_out is not out:
             out.copy_(wide_out)
     return dgate_up, drow_weight_M
+
+
+def swiglu_tiles(gate_up: Tensor, row_weight_M: Tensor | None = None) -> tuple[Quantized, Quantized]:
+    """gate_up [M, 2F] -> (its 1x128 tiles, all that the backward needs; 1x128 tiles of the result [M, F], quantised
+    after rounding to gate_up's dtype). F: any multiple of 16."""
+    return quantize_rows(gate_up), quantize_rows(swiglu(gate_up, row_weight_M))
+
+
+def swiglu_columns(
+    kept: Quantized,
+    row_weight_M: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Quantized:
+    """The result computed again from the cache of `swiglu_tiles` and quantised along tokens: [F, M], with `counts`
+    [F, P] (see `quantize_columns`). `dtype`: of the gate_up that was cached; the result is rounded to it."""
+    return quantize_columns(swiglu(dequantize(kept, dtype), row_weight_M), counts=counts)
+
+
+def swiglu_backward_tiles(
+    dy: Tensor, kept: Quantized, row_weight_M: Tensor | None = None, counts: Sequence[int] | None = None
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """`swiglu_backward` at the gate_up of the cache: dy [M, F], in the dtype of the gate_up that was cached ->
+    (1x128 tiles of dgate_up [M, 2F], dgate_up quantised along tokens [2F, M], with `counts` [2F, P], drow_weight [M] in
+    FP32 at least, None without weights). dgate_up is rounded to dy's dtype before it is quantised."""
+    dgate_up, drow_weight_M = swiglu_backward(dy, dequantize(kept, dy.dtype), row_weight_M)
+    wide = dgate_up.to(torch.float32)
+    return quantize_rows(wide), quantize_columns(wide, counts=counts), drow_weight_M
 
 
 def _pieces(gate_up: Tensor) -> Iterator[slice]:
