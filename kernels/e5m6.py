@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.quantize import Quantized, quantize_columns
 from kernels.tiles import TILE, multiply_tiles, tile_scales
 
 E5M6_MAX = 65024.0
@@ -48,6 +49,11 @@ def decode(q: E5M6, dtype: torch.dtype = torch.float32) -> Tensor:
     """[M, K]; exact in FP32 and float64, rounded once to any other dtype."""
     values = from_codes(q.codes)
     return multiply_tiles(values, q.scale, 1, TILE, out=values).to(dtype)
+
+
+def decode_columns(q: E5M6, dtype: torch.dtype = torch.bfloat16) -> Quantized:
+    """Decoded, rounded to `dtype`, and quantised along tokens with power-of-two scales: data [K, M]."""
+    return quantize_columns(decode(q, dtype), power_of_two=True)
 
 
 def to_codes(values: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ BLOCK_TILE = "128x128"
 class Quantized:
     """FP8 numbers and their scales.
 
-    data: float8_e4m3fn, [rows, columns] or stacked [E, rows, columns]; not always contiguous: the transposed quantisers
-    return a transposed view. scale: FP32, [rows, ceil(columns/128)] for 1x128 tiles, [..., ceil(rows/128),
-    ceil(columns/128)] for 128x128 blocks. counts: rows of each group when the columns are groups of tokens, each padded
-    with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`). memo: see `remember`. transposed: the same codes
-    as a contiguous matrix [..., columns, rows], which a tensor core needs where a product sums over the rows (dgrad of a
-    weight in blocks); the scales are those of `scale`, transposed.
+    data: float8_e4m3fn, [rows, columns] or stacked [E, rows, columns]; not always contiguous: the transposed
+    quantisers return a transposed view. scale: FP32, [rows, ceil(columns/128)] for 1x128 tiles, [..., ceil(rows/128),
+    ceil(columns/128)] for 128x128 blocks. counts: rows of each group when the columns are groups of tokens, each
+    padded with zeros to a multiple of 128 (`quantize_columns(..., counts=...)`). memo: see `remember`. transposed:
+    the same codes as a contiguous matrix [..., columns, rows], which a tensor core needs where a product sums over
+    the rows (dgrad of a weight in blocks); the scales are those of `scale`, transposed.
     """
 
     data: Tensor
@@ -140,6 +140,13 @@ def quantize_columns(x_MK: Tensor, power_of_two: bool = False, counts: Sequence[
         return _quantize_groups(x_MK.contiguous(), tuple(int(count) for count in counts), power_of_two)
     data, scale = _quantize(x_MK.contiguous(), TILE, 1, power_of_two)
     return Quantized(data.t(), scale.t())
+
+
+def quantize_both(
+    x_MK: Tensor, power_of_two: bool = False, counts: Sequence[int] | None = None
+) -> tuple[Quantized, Quantized]:
+    """(`quantize_rows`, `quantize_columns`) of one matrix."""
+    return quantize_rows(x_MK, power_of_two), quantize_columns(x_MK, power_of_two, counts)
 
 
 def requantize_columns(q_MK: Quantized, power_of_two: bool = False, counts: Sequence[int] | None = None) -> Quantized:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kernels import e5m6
-from tests.kernels.oracles import minifloat_values, round_by_search
+from tests.kernels.oracles import minifloat_values, quantize_tiles, round_by_search
 
 VALUES = minifloat_values(5, 6, 15)
 MAGNITUDES = VALUES[: 31 << 6]
@@ -65,3 +65,12 @@ def test_non_finite_input_stays_non_finite() -> None:
         x[1, 5] = bad
         back = e5m6.decode(e5m6.encode(x))
         assert not back[1, 5].isfinite() and back[0].isfinite().all() and back[1, 128:].isfinite().all()
+
+
+def test_decoded_columns_are_quantised_from_the_rounded_values() -> None:
+    x = torch.randn(200, 144) * torch.exp2(torch.randint(-9, 9, (200, 1)))
+    stored = e5m6.encode(x)
+    for dtype in (torch.bfloat16, torch.float32):
+        q = e5m6.decode_columns(stored, dtype)
+        expected, scales = quantize_tiles(e5m6.decode(stored, dtype).float().numpy().T, 1, 128, True)
+        assert np.array_equal(q.data.view(torch.uint8).numpy(), expected) and np.array_equal(q.scale.numpy(), scales)

@@ -13,6 +13,7 @@ from kernels.quantize import (
     dequantize_groups,
     dequantize_reference,
     quantize_blocks,
+    quantize_both,
     quantize_columns,
     quantize_rows,
     requantize_columns,
@@ -146,6 +147,15 @@ def test_requantisation_goes_through_the_stored_tiles() -> None:
         again = requantize_columns(stored, True, counts)
         assert_same(again, quantize_columns(dequantize_reference(stored), True, counts))
         assert not torch.equal(again.data.view(torch.uint8), quantize_columns(x, True, counts).data.view(torch.uint8))
+
+
+def test_both_are_rows_and_columns() -> None:
+    x = sample(200, 144)
+    for counts in (None, [100, 0, 100]):
+        rows, columns = quantize_both(x, True, counts)
+        assert_same(rows, quantize_rows(x, True))
+        assert_same(columns, quantize_columns(x, True, counts))
+        assert columns.counts == (None if counts is None else tuple(counts))
 
 
 def test_rows_travel_as_bytes_and_by_index() -> None:
