@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_one_bit_rounding_is_to_nearest_and_even() -> None:
 
 def test_the_cache_of_swiglu_is_no_operand() -> None:
     x = numbers()[0].to(torch.bfloat16)
-    ops = Ops(WeightGradStore(), torch.bfloat16, True, 1e-6)
+    ops = Ops(WeightGradStore(mock.Mock()), torch.bfloat16, True, 1e-6)
     with quantised_as("e4m1"):
         kept = ops.keep(x)()
         assert not torch.equal(dequantize(quantize_rows(x), x.dtype), kept)
