@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+# What was read of the committed kernels, so that nothing is compiled to choose among them.
+COMMITTED = Path(__file__).parent / "properties.json"
+SOURCES = Path(__file__).parent.parent / "hopper"
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,9 @@ class Properties:
     specialised), per K block of 128. accumulators: FP32 accumulators of a thread. consumers: warp groups that issue
     tensor-core instructions. tensor_core: full opcode of those instructions, None without. global_accesses: loads and
     stores of global memory by width in bits. total: all instructions by opcode. setmaxnreg: registers are handed from
-    the producer to the consumers.
+    the producer to the consumers. hot_loops: `hot_loop` of every consumer and of every branch that has one of its own;
+    `hot_loop` is the longest of them. stream_instructions, stream_bytes: instructions of a warp where it moves most,
+    its inner loop or all of the kernel, and the bytes they move by 128-bit accesses.
     """
 
     name: str
@@ -34,6 +45,70 @@ class Properties:
     hot_loop: dict[str, int] = field(default_factory=dict)
     global_accesses: dict[int, int] = field(default_factory=dict)
     total: dict[str, int] = field(default_factory=dict)
+    hot_loops: list[dict[str, int]] = field(default_factory=list)
+    stream_instructions: int = 0
+    stream_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Properties:
+        """ValueError: missing or unknown fields."""
+        known = {each.name for each in fields(cls)}
+        if set(found) != known:
+            raise ValueError(f"fields {sorted(set(found) ^ known)} are missing or unknown")
+        widths = {int(width): count for width, count in found["global_accesses"].items()}
+        tile = None if found["tile"] is None else tuple(found["tile"])
+        return cls(**{**found, "tile": tile, "global_accesses": widths})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Properties of all variants by name, the Triton that compiled them and the digest of the sources it read."""
+
+    triton: str
+    digest: str
+    variants: dict[str, Properties]
+
+
+def source_digest(folder: Path = SOURCES) -> str:
+    """SHA-256 over the kernels' sources, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_properties(path: Path, variants: Sequence[Properties], triton: str, digest: str) -> None:
+    """Whole or not at all. OSError: it cannot be written."""
+    stored = {
+        "triton": triton,
+        "digest": digest,
+        "variants": [each.to_json() for each in sorted(variants, key=lambda each: each.name)],
+    }
+    write_text(path, json.dumps(stored, indent=1) + "\n")
+
+
+def load_properties(path: Path = COMMITTED) -> Stored:
+    """OSError: it cannot be read. ValueError: it is not what `write_properties` wrote."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        variants = [Properties.from_json(each) for each in found["variants"]]
+        return Stored(found["triton"], found["digest"], {each.name: each for each in variants})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: no properties of kernels: {type(error).__name__}: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name beside it, fsynced and renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
