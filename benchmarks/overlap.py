@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.attention_core import Geometry
 from model.balance import BalanceWeights
-from model.ops import Box, Ops
+from model.operands import Box
+from model.ops import Ops
 from model.segments import ChunkContext, LayerState, SegmentedLayer
 from model.stage import Chunk, LossScales, TransformerStage
 from parallel.clock.contract import Clock, Record

@@ -8,7 +8,7 @@ expert, in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -123,7 +123,11 @@ class SwiGLU(Protocol):
 class Permute(Protocol):
     """Rows of tokens to rows of experts and back, without atomics."""
 
-    def take_rows(self, rows: Operand, index_X: Tensor) -> Operand:
+    @overload
+    def take_rows(self, rows: Tensor, index_X: Tensor) -> Tensor: ...
+
+    @overload
+    def take_rows(self, rows: Quantized, index_X: Tensor) -> Quantized:
         """[V, D] tensor or FP8 rows with their scales -> [X, D]."""
         ...
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch.autograd import Function
 
-from model.ops import Input, Kept, Ops
+from model.operands import Input, Kept
+from model.ops import Ops
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from model.attention import causal_attention
 from model.attention_core import Geometry
 from model.cache import Cache
 from model.config import ModelConfig
-from model.ops import Input, Ops
+from model.operands import Input
+from model.ops import Ops
 from model.rope import apply_rope
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import attention as kernel
-from kernels import norm
 from kernels.rope import rotate, rotate_
 from model.attention import Attention
 from model.attention_core import Geometry
-from model.ops import USED, Input, Ops
+from model.operands import USED, Input
+from model.ops import Ops
 
 
 @dataclass
@@ -59,19 +59,14 @@ class LatentAttention:
         m, ops, g = self.module, self.ops, self.geometry
         q_input: Input | None = None
         if self.compressed:
-            q_norm_gain = m.q_norm.detach()
-            q_normed = norm.rmsnorm(q_latent, q_norm_gain, ops.eps)
-            again = ops.again(q_normed, lambda: norm.rmsnorm(q_latent, q_norm_gain, ops.eps))
-            q_input = ops.recomputed(q_normed, again)
+            q_input = ops.norm_input(q_latent, m.q_norm.detach())
             query = ops.multiply(q_input, m.q_b, f"{self.name}.q_b")
         else:
             query = q_latent.clone()
         q = g.heads(query, self.heads)
         self._rotate_in_place(q[..., self.nope :])
         latent, rope_key = kv_latent.split((self.latent, self.rope), -1)
-        gain = m.kv_norm.detach()
-        kv_normed = norm.rmsnorm(latent, gain, ops.eps)
-        kv_input = ops.recomputed(kv_normed, ops.again(kv_normed, lambda: norm.rmsnorm(latent, gain, ops.eps)))
+        kv_input = ops.norm_input(latent, m.kv_norm.detach())
         k_nope, v = g.heads(ops.multiply(kv_input, m.kv_b, f"{self.name}.kv_b"), self.heads).split(
             (self.nope, self.value), -1
         )
@@ -116,12 +111,13 @@ class LatentAttention:
         drope_key = self._rotate_in_place(dk_rope.to(high).sum(1), back=True).reshape(g.tokens, self.rope)
         dkv = torch.cat((dk_nope.transpose(1, 2), dv.transpose(1, 2)), -1).view(g.tokens, -1)
         dkv_normed = ops.multiply_backward(dkv, e.kv_input, m.kv_b, f"{self.name}.kv_b")
-        dlatent, dkv_gain = norm.rmsnorm_backward(dkv_normed, kv_latent[:, : self.latent], m.kv_norm.detach(), ops.eps)
+        backward = ops.kernels.norm.rmsnorm_backward
+        dlatent, dkv_gain = backward(dkv_normed, kv_latent[:, : self.latent], m.kv_norm.detach(), ops.eps)
         ops.store.put(m.kv_norm, lambda: dkv_gain)
         dkv_latent = torch.cat((dlatent, drope_key.to(dlatent.dtype)), -1)
         if e.q_input is None:
             return dquery, dkv_latent
         dq_normed = ops.multiply_backward(dquery, e.q_input, m.q_b, f"{self.name}.q_b")
-        dq_latent, dq_gain = norm.rmsnorm_backward(dq_normed, q_latent, m.q_norm.detach(), ops.eps)
+        dq_latent, dq_gain = backward(dq_normed, q_latent, m.q_norm.detach(), ops.eps)
         ops.store.put(m.q_norm, lambda: dq_gain)
         return dq_latent, dkv_latent

@@ -10,60 +10,23 @@ Shape letters: N tokens, K width in, O width out, X expanded rows, F expert widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Function
 
-from kernels import e5m6, gemm, grouped, norm, swiglu
-from kernels.cross_entropy import cross_entropy_and_gradient
-from kernels.quantize import (
-    Quantized,
-    dequantize,
-    quantize_blocks,
-    quantize_columns,
-    quantize_rows,
-    requantize_columns,
-)
+from kernels import gemm, grouped
+from kernels.backends import Kernels, torch_kernels
+from kernels.observe import Operand
+from kernels.quantize import Quantized
+from model.operands import USED, Arrived, Box, Input, Kept, stand_in
 from model.recompute import Cell
 from parallel.pipeline.store import WeightGradStore
 
-Operand = torch.Tensor | Quantized
 Elementwise = Callable[[torch.Tensor], torch.Tensor]
 Check = Callable[[str, str, torch.Tensor, Callable[[Elementwise], torch.Tensor]], None]
-
-
-@dataclass(frozen=True)
-class Input:
-    """A linear's input: `rows` as its forward product takes it, `columns` what its weight gradient will use
-    (transposed FP8 tiles [K, N], or the plain [N, K] rows), `exact` the rows before any rounding to FP8, during an
-    audit only."""
-
-    rows: Operand
-    columns: Callable[[], Operand]
-    exact: torch.Tensor | None = None
-
-
-class Box:
-    """Where a gradient in FP8 waits for the linear whose output it belongs to (autograd carries an empty stand-in).
-    `exact`: the gradient before its rounding, during an audit only."""
-
-    def __init__(self) -> None:
-        self._value: tuple[Quantized, torch.Tensor | None] | None = None
-
-    def put(self, value: Quantized, exact: torch.Tensor | None) -> None:
-        self._value = value, exact
-
-    def take(self) -> tuple[Quantized | None, torch.Tensor | None]:
-        value, self._value = self._value, None
-        return value or (None, None)
-
-
-def stand_in(rows: Quantized, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of their shape and device and no storage, for autograd where FP8 rows travel beside it."""
-    return torch.zeros((), dtype=dtype, device=rows.device).expand(rows.rows, rows.columns)
 
 
 def _remembered(q: Quantized) -> Quantized:
@@ -72,7 +35,9 @@ def _remembered(q: Quantized) -> Quantized:
 
 
 class Ops:
-    """The arithmetic of one rank: precision, store, and weights quantised once per step.
+    """The arithmetic of one rank: precision, store, back ends, and weights quantised once per step.
+
+    kernels: back ends of the FP8 recipe's ops, the definitions if None.
 
     recompute: what RMSNorm, SwiGLU and MLA's up-projections give is not kept for the backward but computed again (V3
     section 3.2.3); False keeps it: less time, more memory.
@@ -83,9 +48,16 @@ class Ops:
     """
 
     def __init__(
-        self, store: WeightGradStore, dtype: torch.dtype, fp8: bool, eps: float, recompute: bool = True
+        self,
+        store: WeightGradStore,
+        dtype: torch.dtype,
+        fp8: bool,
+        eps: float,
+        recompute: bool = True,
+        kernels: Kernels | None = None,
     ) -> None:
         self.store, self.dtype, self.fp8, self.eps, self.recompute = store, dtype, fp8, eps, recompute
+        self.kernels = kernels or torch_kernels()
         self.check: Check | None = None
         self._weights: dict[nn.Parameter, Quantized] = {}
 
@@ -93,6 +65,11 @@ class Ops:
     def auditing(self) -> bool:
         """Whether unquantised operands are to be kept for `check`."""
         return self.fp8 and self.check is not None
+
+    @property
+    def _fused(self) -> bool:
+        """Whether norm and SwiGLU are quantised as they are computed, their unquantised results never kept."""
+        return self.fp8 and self.recompute
 
     def new_step(self) -> None:
         """The weights have changed: quantise them again on first use."""
@@ -103,7 +80,7 @@ class Ops:
         if not self.fp8:
             return parameter.detach()
         if parameter not in self._weights:
-            self._weights[parameter] = _remembered(quantize_blocks(parameter.detach()))
+            self._weights[parameter] = _remembered(self.kernels.quantize.quantize_blocks(parameter.detach()))
         return self._weights[parameter]
 
     # Inputs ---------------------------------------------------------------------------------------------------------
@@ -116,67 +93,96 @@ class Ops:
         """`x` itself is not kept: `again` gives it for the weight gradient."""
         if not self.fp8:
             return Input(x.detach(), again)
-        # Remembered for the two down-projections of attention, which share their input.
-        columns = Cell(lambda: _remembered(quantize_columns(again(), counts=counts)))
-        return Input(_remembered(quantize_rows(x.detach())), columns, x.detach() if self.auditing else None)
+        quantize = self.kernels.quantize
+        columns = Cell(lambda: _remembered(quantize.quantize_columns(again(), counts=counts)))
+        rows = _remembered(quantize.quantize_rows(x.detach()))
+        return Input(rows, columns, x.detach() if self.auditing else None)
+
+    def norm_input(self, x: torch.Tensor, gain: torch.Tensor) -> Input:
+        """RMSNorm of x, outside autograd, as a linear's input."""
+        kernel, eps = self.kernels.norm, self.eps
+        if not self._fused:
+            y = kernel.rmsnorm(x, gain, eps)
+            return self.recomputed(y, self.again(y, lambda: kernel.rmsnorm(x, gain, eps)))
+        value, rows = kernel.rmsnorm_rows(x, gain, eps)
+        columns = Cell(lambda: _remembered(kernel.rmsnorm_columns(x, gain, eps)))
+        return Input(_remembered(rows), columns, value if self.auditing else None)
 
     def dispatched(self, rows: Operand, counts: list[int], exact: torch.Tensor | None) -> Input:
         """Rows as they came over the wire: power-of-two scales, kept as they are."""
-        if isinstance(rows, Quantized):
-            return Input(rows, Cell(lambda: requantize_columns(rows, power_of_two=True, counts=counts)), exact)
-        return Input(rows, lambda: rows)
+        if not isinstance(rows, Quantized):
+            return Input(rows, lambda: rows)
+        requantize = self.kernels.quantize.requantize_columns
+        return Input(rows, Cell(lambda: requantize(rows, power_of_two=True, counts=counts)), exact)
 
     def attention_output(self, kept: Kept, x: torch.Tensor) -> Input:
         """Input of the output projection: power-of-two scales, kept as E5M6 (V3 section 3.3.3)."""
         if not self.fp8:
             return Input(x.detach(), kept)
-        columns = Cell(lambda: quantize_columns(kept(), power_of_two=True))
-        return Input(quantize_rows(x.detach(), power_of_two=True), columns, x.detach() if self.auditing else None)
+        rows = self.kernels.quantize.quantize_rows(x.detach(), power_of_two=True)
+        return Input(rows, Cell(kept.columns), x.detach() if self.auditing else None)
 
     def payload(self, x: torch.Tensor) -> Operand:
         """What is dispatched: FP8 rows with power-of-two scales, or the rows."""
-        return quantize_rows(x, power_of_two=True) if self.fp8 else x
+        return self.kernels.quantize.quantize_rows(x, power_of_two=True) if self.fp8 else x
 
     # Products -------------------------------------------------------------------------------------------------------
 
     def multiply(self, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
         """[N, K] x [O, K]^T -> [N, O]."""
         w = self.weight(weight)
-        y = gemm.fprop(given.rows, w, self.dtype, name=name)
+        y = self.kernels.gemm.fprop(given.rows, w, self.dtype, name=name)
         if self.check and given.exact is not None:
             exact = given.exact
             self.check(name, "fprop", y, lambda f: gemm.fprop(f(exact), f(weight.detach()), torch.float32))
         return y
 
-    def multiply_backward(self, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
-        """dX of `multiply`; its dW goes to the store."""
-        dy = dy.detach().contiguous()
-        columns, exact = given.columns, given.exact
+    def multiply_backward(
+        self, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str, box: Box | None = None
+    ) -> torch.Tensor:
+        """dX of `multiply`; its dW goes to the store. `box` may hold dy in FP8."""
+        product, columns = self.kernels.gemm, given.columns
         if not self.fp8:
-            self.store.put(weight, lambda: gemm.wgrad(dy, columns(), name=name))
-            return gemm.dgrad(dy, weight.detach(), self.dtype, name=name)
-        wide = dy.to(torch.float32)
-        dy_columns = quantize_columns(wide)
-        dx = gemm.dgrad(quantize_rows(wide), self.weight(weight), self.dtype, name=name)
-        if self.check is None or exact is None:
-            self.store.put(weight, lambda: gemm.wgrad(dy_columns, columns(), name=name))
+            dy = dy.detach().contiguous()
+            self.store.put(weight, lambda: product.wgrad(dy, columns(), name=name))
+            return product.dgrad(dy, weight.detach(), self.dtype, name=name)
+        arrived = self._arrived(dy, box, None)
+        dy_columns, exact_dy, exact, check = arrived.columns, arrived.exact, given.exact, self.check
+        assert dy_columns is not None
+        dx = product.dgrad(arrived.rows, self.weight(weight), self.dtype, name=name)
+        if check is None or exact is None or exact_dy is None:
+            self.store.put(weight, lambda: product.wgrad(dy_columns, columns(), name=name))
             return dx
-        check = self.check
-        check(name, "dgrad", dx, lambda f: gemm.dgrad(f(dy), f(weight.detach()), torch.float32))
+        check(name, "dgrad", dx, lambda f: gemm.dgrad(f(exact_dy), f(weight.detach()), torch.float32))
 
         def grad() -> torch.Tensor:
-            dw = gemm.wgrad(dy_columns, columns(), name=name)
-            check(name, "wgrad", dw, lambda f: gemm.wgrad(f(dy), f(exact)))
+            dw = product.wgrad(dy_columns, columns(), name=name)
+            check(name, "wgrad", dw, lambda f: gemm.wgrad(f(exact_dy), f(exact)))
             return dw
 
         self.store.put(weight, grad)
         return dx
 
+    def _arrived(self, dy: torch.Tensor, box: Box | None, counts: list[int] | None) -> Arrived:
+        """A linear's output gradient as its two products take it: what the box holds, or dy quantised."""
+        arrived = box.take() if box is not None else None
+        if arrived is None:
+            dy = dy.detach().contiguous()
+            rows, columns = self.kernels.quantize.quantize_both(dy, counts=counts)
+            return Arrived(rows, columns, dy if self.auditing else None)
+        if arrived.columns is not None:
+            return arrived
+        columns = self.kernels.quantize.requantize_columns(arrived.rows, power_of_two=True, counts=counts)
+        return replace(arrived, columns=columns)
+
     # Autograd entry points ------------------------------------------------------------------------------------------
 
-    def linear(self, x: torch.Tensor, weight: nn.Parameter, given: Input, name: str) -> torch.Tensor:
-        """A linear of the FP8 set. `x` is there for autograd; the product takes `given.rows`."""
-        return _Linear.apply(x, weight, given, self, name)
+    def linear(
+        self, x: torch.Tensor, weight: nn.Parameter, given: Input, name: str, box: Box | None = None
+    ) -> torch.Tensor:
+        """A linear of the FP8 set. `x` is there for autograd; the product takes `given.rows`. `box` may hold the
+        output's gradient in FP8."""
+        return _Linear.apply(x, weight, given, self, name, box)
 
     def high_linear(
         self, x: torch.Tensor, weight: nn.Parameter, again: Callable[[], torch.Tensor], name: str, dtype: torch.dtype
@@ -200,58 +206,76 @@ class Ops:
     def rmsnorm(self, x: torch.Tensor, gain: nn.Parameter) -> tuple[torch.Tensor, Cell[torch.Tensor]]:
         """(normed x, cell that gives it again)."""
         kept = x.detach()
-        y = _RMSNorm.apply(x, gain, self)
-        return y, self.again(y, lambda: norm.rmsnorm(kept, gain.detach(), self.eps))
+        y = _RMSNorm.apply(x, gain, self, None)
+        return y, self.again(y, lambda: self.kernels.norm.rmsnorm(kept, gain.detach(), self.eps))
+
+    def rmsnorm_linear(
+        self, x: torch.Tensor, gain: nn.Parameter, others: bool
+    ) -> tuple[torch.Tensor, Cell[torch.Tensor], Input]:
+        """(normed x, cell that gives it again, the same as input of linears of the FP8 set).
+
+        others: somebody else takes the normed x too. Without, and with FP8, autograd carries an empty stand-in.
+        """
+        if not self._fused:
+            y, again = self.rmsnorm(x, gain)
+            return y, again, self.recomputed(y, again)
+        kernel, kept, detached, eps = self.kernels.norm, x.detach(), gain.detach(), self.eps
+        value, rows = kernel.rmsnorm_rows(kept, detached, eps)
+        y = _RMSNorm.apply(x, gain, self, [value if others else stand_in(rows, x.dtype)])
+        again = Cell(lambda: kernel.rmsnorm(kept, detached, eps))
+        if others:
+            columns = Cell(lambda: _remembered(self.kernels.quantize.quantize_columns(again())))
+        else:
+            columns = Cell(lambda: _remembered(kernel.rmsnorm_columns(kept, detached, eps)))
+        return y, again, Input(_remembered(rows), columns, value if self.auditing else None)
 
     def swiglu(
-        self, gate_up: torch.Tensor, row_weight: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-        """silu(gate) * up (times the router weight); its input is cached in FP8 (the paper
-        says so of MoE; here dense layers do the same), its value computed again."""
-        kept = self.keep(gate_up.detach())
-        w = None if row_weight is None else row_weight.detach()
-        hidden = _SwiGLU.apply(gate_up, row_weight, kept)
-        return hidden, self.again(hidden, lambda: swiglu.swiglu(kept(), w))
+        self, gate_up: torch.Tensor, row_weight: torch.Tensor | None, counts: list[int] | None, box: Box
+    ) -> tuple[torch.Tensor, Input]:
+        """silu(gate) * up (times the router weight) as the down-projection's input: for autograd, and for its products.
+
+        With FP8, gate_up is cached in FP8 tiles (the paper says so of MoE; here dense layers do the same) and the
+        result computed again from them; `box` then takes the gradient of gate_up to the linear that made it.
+        """
+        kernel, w = self.kernels.swiglu, None if row_weight is None else row_weight.detach()
+        if self._fused:
+            dtype = gate_up.dtype
+            kept, rows = kernel.swiglu_tiles(gate_up.detach(), w)
+            hidden = _FusedSwiGLU.apply(gate_up, row_weight, kept, self, counts, box)
+            columns = Cell(lambda: _remembered(kernel.swiglu_columns(kept, w, counts, dtype)))
+            return hidden, Input(
+                _remembered(rows), columns, kernel.swiglu(gate_up.detach(), w) if self.auditing else None
+            )
+        keep = self.keep(gate_up.detach())
+        hidden = _SwiGLU.apply(gate_up, row_weight, keep, self)
+        again = self.again(hidden, lambda: kernel.swiglu(keep(), w))
+        return hidden, self.recomputed(hidden, again, counts)
 
     def keep(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Cache for the backward: FP8 tiles, or the tensor itself."""
         if not self.fp8:
             return lambda: x
-        tiles, dtype = quantize_rows(x), x.dtype
-        return lambda: dequantize(tiles, dtype)
+        quantize, dtype = self.kernels.quantize, x.dtype
+        tiles = quantize.quantize_rows(x)
+        return lambda: quantize.dequantize(tiles, dtype)
 
     def keep_attention_output(self, x: torch.Tensor) -> Kept:
         """Cache of the attention output, for attention's backward and the output projection's weight gradient."""
-        return Kept(x, self.fp8)
-
-
-class Kept:
-    """The attention output between forward and backward: E5M6 with power-of-two scales, or as it is."""
-
-    def __init__(self, x: torch.Tensor, fp8: bool) -> None:
-        self._dtype = x.dtype
-        self._value = e5m6.encode(x) if fp8 else x
-
-    def __call__(self) -> torch.Tensor:
-        if isinstance(self._value, torch.Tensor):
-            return self._value
-        return e5m6.decode(self._value, self._dtype)
-
-
-# In place of rows that the forward product has used: they must not live on until the backward.
-USED = torch.empty(0)
+        return Kept(x, self.kernels if self.fp8 else None)
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, given: Input, ops: Ops, name: str) -> torch.Tensor:
-        ctx.kept = weight, replace(given, rows=USED), ops, name
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, given: Input, ops: Ops, name: str, box: Box | None
+    ) -> torch.Tensor:
+        ctx.kept = weight, replace(given, rows=USED), ops, name, box
         return ops.multiply(given, weight, name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        weight, given, ops, name = ctx.kept
-        return ops.multiply_backward(grads[0], given, weight, name), None, None, None, None
+        weight, given, ops, name, box = ctx.kept
+        return ops.multiply_backward(grads[0], given, weight, name, box), None, None, None, None, None
 
 
 class _HighLinear(Function):
@@ -286,7 +310,7 @@ class _GroupedLinear(Function):
     ) -> torch.Tensor:
         exact = given.exact
         ctx.kept = weight, given.columns, exact, counts, ops, name, box
-        y = grouped.fprop(given.rows, ops.weight(weight), counts, ops.dtype, name=name)
+        y = ops.kernels.grouped_gemm.fprop(given.rows, ops.weight(weight), counts, ops.dtype, name=name)
         if ops.check and exact is not None:
             ops.check(name, "fprop", y, lambda f: grouped.fprop(f(exact), f(weight.detach()), counts, torch.float32))
         return y
@@ -294,26 +318,21 @@ class _GroupedLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         weight, columns, exact, counts, ops, name, box = ctx.kept
-        arrived, exact_dy = box.take() if box is not None else (None, None)
-        dy = grads[0].detach()
-        nothing = (None,) * 6
+        product, dy, nothing = ops.kernels.grouped_gemm, grads[0].detach(), (None,) * 6
         if not ops.fp8:
             dy = dy.contiguous()
-            ops.store.put(weight, lambda: grouped.wgrad(dy, columns(), counts, name=name))
-            return grouped.dgrad(dy, weight.detach(), counts, ops.dtype, name=name), *nothing
-        if arrived is not None:
-            rows, dy_columns = arrived, requantize_columns(arrived, power_of_two=True, counts=counts)
-        else:
-            rows, dy_columns, exact_dy = quantize_rows(dy), quantize_columns(dy, counts=counts), dy
-        dx = grouped.dgrad(rows, ops.weight(weight), counts, ops.dtype, name=name)
-        check = ops.check
+            ops.store.put(weight, lambda: product.wgrad(dy, columns(), counts, name=name))
+            return product.dgrad(dy, weight.detach(), counts, ops.dtype, name=name), *nothing
+        arrived = ops._arrived(dy, box, counts)
+        dy_columns, exact_dy, check = arrived.columns, arrived.exact, ops.check
+        dx = product.dgrad(arrived.rows, ops.weight(weight), counts, ops.dtype, name=name)
         if check is None or exact is None or exact_dy is None:
-            ops.store.put(weight, lambda: grouped.wgrad(dy_columns, columns(), counts, name=name))
+            ops.store.put(weight, lambda: product.wgrad(dy_columns, columns(), counts, name=name))
             return dx, *nothing
         check(name, "dgrad", dx, lambda f: grouped.dgrad(f(exact_dy), f(weight.detach()), counts, torch.float32))
 
         def grad() -> torch.Tensor:
-            dw = grouped.wgrad(dy_columns, columns(), counts, name=name)
+            dw = product.wgrad(dy_columns, columns(), counts, name=name)
             check(name, "wgrad", dw, lambda f: grouped.wgrad(f(exact_dy), f(exact), counts))
             return dw
 
@@ -322,84 +341,61 @@ class _GroupedLinear(Function):
 
 
 class _RMSNorm(Function):
+    """`made`: the result, where it exists already."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gain: nn.Parameter, ops: Ops) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, gain: nn.Parameter, ops: Ops, made: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         ctx.kept = x.detach(), gain, ops
-        return norm.rmsnorm(x.detach(), gain.detach(), ops.eps)
+        return made.pop() if made else ops.kernels.norm.rmsnorm(x.detach(), gain.detach(), ops.eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gain, ops = ctx.kept
-        dx, dgain = norm.rmsnorm_backward(grads[0], x, gain.detach(), ops.eps)
+        dx, dgain = ops.kernels.norm.rmsnorm_backward(grads[0], x, gain.detach(), ops.eps)
         ops.store.put(gain, lambda: dgain)
-        return dx, None, None
+        return dx, None, None, None
 
 
 class _SwiGLU(Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, row_weight: torch.Tensor | None, kept: Any) -> torch.Tensor:
-        ctx.kept = kept, None if row_weight is None else row_weight.detach()
-        return swiglu.swiglu(gate_up.detach(), ctx.kept[1])
+    def forward(ctx: Any, gate_up: torch.Tensor, row_weight: torch.Tensor | None, keep: Any, ops: Ops) -> torch.Tensor:
+        ctx.kept = keep, None if row_weight is None else row_weight.detach(), ops
+        return ops.kernels.swiglu.swiglu(gate_up.detach(), ctx.kept[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        kept, row_weight = ctx.kept
-        dgate_up, drow_weight = swiglu.swiglu_backward(grads[0], kept(), row_weight)
-        return dgate_up, drow_weight, None
+        keep, row_weight, ops = ctx.kept
+        dgate_up, drow_weight = ops.kernels.swiglu.swiglu_backward(grads[0], keep(), row_weight)
+        return dgate_up, drow_weight, None, None
 
 
-class Embedding(Function):
-    """table[tokens]; the table's gradient is handed to the store."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, table: nn.Parameter, tokens_N: torch.Tensor, ops: Ops) -> torch.Tensor:
-        ctx.kept = table, tokens_N, ops
-        return table.detach()[tokens_N]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        table, tokens_N, ops = ctx.kept
-        dy = grads[0].detach()
-
-        def grad() -> torch.Tensor:
-            high = torch.promote_types(dy.dtype, torch.float32)
-            return dy.new_zeros(table.shape, dtype=high).index_add_(0, tokens_N, dy.to(high))
-
-        ops.store.put(table, grad)
-        return None, None, None, None
-
-
-class HeadLoss(Function):
-    """Output head and cross-entropy: (n [N, K], head [V, K]) -> scalar `scale * sum of token losses`.
-
-    The gradient of the logits is made in the forward and replaces them (DeepSeek LLM section 2.4). `losses` receives
-    the per-token losses [N] (0 where the label is IGNORE).
-    """
+class _FusedSwiGLU(Function):
+    """The values are in FP8 beside it: the backward reads the FP8 cache and leaves its result in the box."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        n: torch.Tensor,
-        head: nn.Parameter,
-        labels_N: torch.Tensor,
-        scale: float,
-        again: Callable[[], torch.Tensor],
+        gate_up: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        kept: Quantized,
         ops: Ops,
-        name: str,
-        losses: list[torch.Tensor],
+        counts: list[int] | None,
+        box: Box,
     ) -> torch.Tensor:
-        high = torch.promote_types(n.dtype, torch.float32)
-        logits = gemm.fprop(n.detach(), head.detach(), high, name=name)
-        token_losses, gradient = cross_entropy_and_gradient(logits, labels_N, scale, in_place=True)
-        dlogits = gradient.to(n.dtype)
-        losses.append(token_losses)
-        ctx.kept = dlogits, head, again, ops, name
-        return token_losses.sum() * scale
+        ctx.kept = kept, None if row_weight is None else row_weight.detach(), ops, counts, box
+        return gate_up.new_zeros(()).expand(gate_up.shape[0], gate_up.shape[1] // 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # The gradient of the scalar is 1: its scale is already in dlogits.
-        dlogits, head, again, ops, name = ctx.kept
-        ops.store.put(head, lambda: gemm.wgrad(dlogits, again(), name=name))
-        dn = gemm.dgrad(dlogits, head.detach(), ops.dtype, name=name)
-        return (dn,) + (None,) * 7
+        kept, row_weight, ops, counts, box = ctx.kept
+        dy = grads[0]
+        rows, columns, drow_weight = ops.kernels.swiglu.swiglu_backward_tiles(dy, kept, row_weight, counts)
+        exact = None
+        if ops.auditing:
+            exact, _ = ops.kernels.swiglu.swiglu_backward(
+                dy, ops.kernels.quantize.dequantize(kept, dy.dtype), row_weight
+            )
+        box.put(Arrived(rows, columns, exact))
+        return stand_in(rows, dy.dtype), drow_weight, None, None, None, None

@@ -21,8 +21,8 @@ from model.balance import BalanceWeights, weighted_balance
 from model.grouped_query import GroupedQueryCore
 from model.latent_attention import LatentAttention
 from model.layer import TransformerLayer
-from model.ops import Box, Ops, stand_in
-from model.recompute import Cell
+from model.operands import Arrived, Box, Input, stand_in
+from model.ops import Ops
 from model.router import affinities, expert_load, expert_weights, select_experts
 from parallel.device import Event
 from parallel.expert.all_to_all import Received
@@ -53,7 +53,7 @@ class LayerState:
     experts: Segment = field(default_factory=Segment)
     route: Any = None
     box: Box = field(default_factory=Box)
-    again: Cell[torch.Tensor] | None = None
+    given: Input | None = None
     expert_index_NK: torch.Tensor | None = None
     balanced: bool = False
 
@@ -90,8 +90,7 @@ class SegmentedLayer:
         """x -> residual h, normed MLP input n (, router weights [N, K] (, scaled balance loss if one is asked for))."""
         layer, ops, name = self.layer, self.ops, f"{self.name}.attention"
         m = layer.attention
-        normed, again = ops.rmsnorm(x, layer.attn_norm)
-        given = ops.recomputed(normed, again)
+        normed, _, given = ops.rmsnorm_linear(x, layer.attn_norm, others=False)
         core: AttentionCore
         if isinstance(m, Attention):
             core = LatentAttention(m, ops, context.geometry, name)
@@ -99,11 +98,11 @@ class SegmentedLayer:
             core = GroupedQueryCore(m, ops, context.geometry, name)
         out, kept = attend(core, *core.project(normed, given))
         h = x + ops.linear(out, m.o, ops.attention_output(kept, out), f"{name}.o")
-        n, state.again = ops.rmsnorm(h, layer.mlp_norm)
+        n, again, state.given = ops.rmsnorm_linear(h, layer.mlp_norm, others=layer.moe)
         if not layer.moe:
             return h, n
         high = torch.promote_types(ops.dtype, torch.float32)
-        logits = ops.high_linear(n, layer.router.weight, state.again, f"{self.name}.router", high)
+        logits = ops.high_linear(n, layer.router.weight, again, f"{self.name}.router", high)
         scores_NE = affinities(logits, self.config)
         index_NK = select_experts(scores_NE, layer.router.bias, self.config)
         state.expert_index_NK = index_NK
@@ -129,10 +128,12 @@ class SegmentedLayer:
         """The dense MLP, or the shared expert."""
         part, ops = ("shared", self.layer.shared) if self.layer.moe else ("mlp", self.layer.mlp), self.ops
         name, module = f"{self.name}.{part[0]}", part[1]
-        assert state.again is not None
-        gate_up = ops.linear(n, module.gate_up, ops.recomputed(n, state.again), f"{name}.gate_up")
-        inner, again = ops.swiglu(gate_up)
-        return (ops.linear(inner, module.down, ops.recomputed(inner, again), f"{name}.down"),)
+        given, state.given = state.given, None
+        assert given is not None
+        box = Box()
+        gate_up = ops.linear(n, module.gate_up, given, f"{name}.gate_up", box)
+        inner, hidden = ops.swiglu(gate_up, None, None, box)
+        return (ops.linear(inner, module.down, hidden, f"{name}.down"),)
 
     def _experts(
         self, x: torch.Tensor, weights_X: torch.Tensor, received: Received, exact: torch.Tensor | None, box: Box
@@ -140,10 +141,10 @@ class SegmentedLayer:
         """Routed experts on their rows, each output already times its router weight."""
         module, ops, name, counts = self.layer.experts, self.ops, f"{self.name}.experts", received.counts
         rows = ops.dispatched(received.rows, counts, exact)
-        gate_up = ops.grouped_linear(x, module.gate_up, rows, counts, f"{name}.gate_up")
-        inner, again = ops.swiglu(gate_up, weights_X)
-        given = ops.recomputed(inner, again, counts)
-        return (ops.grouped_linear(inner, module.down, given, counts, f"{name}.down", box),)
+        inside = Box()
+        gate_up = ops.grouped_linear(x, module.gate_up, rows, counts, f"{name}.gate_up", inside)
+        inner, hidden = ops.swiglu(gate_up, weights_X, counts, inside)
+        return (ops.grouped_linear(inner, module.down, hidden, counts, f"{name}.down", box),)
 
     def _run_experts(
         self, state: LayerState, received: Received, exact: torch.Tensor | None, dtype: torch.dtype
@@ -236,7 +237,7 @@ class SegmentedLayer:
             rows = combining.wait().rows
             grad = rows
             if isinstance(rows, Quantized):
-                state.box.put(rows, exact.wait() if exact else None)
+                state.box.put(Arrived(rows, exact=exact.wait() if exact else None))
                 grad = stand_in(rows, dy.dtype)
             drows, dweights_X = state.experts.backward(store, grad)
             reduced = dispatcher.reduce(state.route, drows, dweights_X)

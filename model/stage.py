@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from model.mtp import MultiTokenPrediction
-from model.ops import Embedding, HeadLoss, Ops
+from model.ops import Ops
 from model.recompute import Cell
 from model.segments import ChunkContext, LayerState, SegmentedLayer, TakeBag
+from model.vocabulary import Embedding, HeadLoss
 from parallel.expert.contract import Pending
 from parallel.pipeline.contract import Program
 from parallel.pipeline.segment import Segment

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from data.compose import compose_dataclass
 from data.errors import DataError
+from kernels import backends
 from kernels.quantize import WIDTH_MULTIPLE
 from model.config import ModelConfig, config_problems
 from model.partition import stage_layout
@@ -62,6 +63,7 @@ def problems_of(config: RunConfig) -> list[str]:
         found.append(f"precision.compute: found '{config.precision.compute}', allowed {', '.join(COMPUTE)}")
     if config.precision.fp8 and config.precision.compute != "bfloat16":
         found.append(f"precision.fp8: needs precision.compute bfloat16, found {config.precision.compute}")
+    found += backends.config_problems(config.kernels)
     for key in ("master_dtype", "moment_dtype", "accumulate_dtype"):
         if getattr(config.optimizer, key) not in DTYPES:
             value = getattr(config.optimizer, key)

@@ -53,6 +53,9 @@ class ConsoleSink:
         if kind == "optimizer_groups":
             self._console.print(groups_table(cast("Sequence[Mapping[str, Any]]", fields["groups"])))
             return
+        if kind == "kernels":
+            table = cast("Mapping[str, str]", fields["table"])
+            fields = dict(table)
         shown = ", ".join(f"{name} {value}" for name, value in fields.items())
         self._console.print(
             f"-- {kind.replace('_', ' ')}" + (f": {shown}" if shown else ""), markup=False, soft_wrap=True

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.contract import MicroBatch, StepCounts
+from kernels.backends import Kernels, torch_kernels
 from model.attention_core import Geometry
 from model.balance import BalanceWeights
 from model.config import ModelConfig
@@ -81,7 +82,8 @@ class StepResult:
 class Engine:
     """This rank's share of the model, driven step by step.
 
-    sources: number of mixture sources. Raises ValueError when layout and model do not fit.
+    sources: number of mixture sources. kernels: back ends of the FP8 recipe, the definitions if None.
+    Raises ValueError when layout and model do not fit.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Engine:
         sources: int,
         device: Device = HOST,
         recompute: bool = True,
+        kernels: Kernels | None = None,
     ) -> None:
+        kernels = kernels or torch_kernels()
         self.config, self.parallel, self.dtype, self.sources, self.device = model, parallel, dtype, sources, device
         self.topology = Topology.of(parallel, rank)
         self.order = ORDERS[parallel.order]
@@ -108,10 +112,10 @@ class Engine:
         # Apart even where the same ranks hold replicas: on one communicator a reduction would hold up an all-to-all.
         expert_groups = Groups(rank, self.topology.expert_groups(), parallel.timeout_seconds)
         mine = next(g for g in self.topology.expert_groups() if rank in g)
-        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, expert_groups[mine], device)
+        self.dispatcher = AllToAllDispatcher(model.num_routed_experts, expert_groups[mine], device, kernels.permute)
         self.optimizer = Zero1(self.model.specs(), optimizer, self.groups, rank)
         self.store = WeightGradStore(self.optimizer)
-        self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps, recompute)
+        self.ops = Ops(self.store, dtype, fp8, model.rms_norm_eps, recompute, kernels)
         self.stages = self.model.build_stages(self.ops, self.dispatcher)
         self.moe_layers = list(moe_layers(model).values())
         self._rotaries: dict[int, Rotary] = {}

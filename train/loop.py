@@ -16,8 +16,10 @@ import torch.distributed as dist
 
 from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
+from kernels.backends import BackendError, Kernels, resolve
 from model.groups import group_table
 from model.names import moe_layers
+from parallel.device import HOST
 from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
 from parallel.pipeline.executor import Measured
@@ -54,6 +56,7 @@ class Trainer:
         self.config, self.rank, self.directory = config, rank, directory
         self._agree()
         self.sources = self._source_names()
+        self.kernels = together(self._resolve_kernels)
         self.engine = Engine(
             config.model,
             config.parallel,
@@ -63,6 +66,7 @@ class Trainer:
             rank,
             len(self.sources),
             recompute=config.precision.recompute,
+            kernels=self.kernels,
         )
         self._layers = tuple(moe_layers(config.model))
         self.checkpoints = RunCheckpoints(directory.path, config.checkpoint.keep)
@@ -86,6 +90,12 @@ class Trainer:
         digests = gather_json(config_digest(self.config))
         if len(set(digests)) > 1:
             raise ConfigError(f"configuration: ranks were started with different ones: {sorted(set(digests))}")
+
+    def _resolve_kernels(self) -> Kernels:
+        try:
+            return resolve(self.config.kernels, HOST.where)
+        except BackendError as error:
+            raise ConfigError(str(error).replace("\n", "; ")) from None
 
     def _source_names(self) -> tuple[str, ...]:
         return together(lambda: self._open(self.config.stages[0], {}, verify=self.rank == 0)).source_names
@@ -178,6 +188,7 @@ class Trainer:
         if self.rank == 0:
             groups = group_table(self.config.model, self.config.optimizer)
             self.metrics.event("optimizer_groups", groups=[asdict(group) for group in groups])
+            self.metrics.event("kernels", table=self.kernels.table)
             for line in notes(self.config):
                 self.metrics.event("note", text=line)
         ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)

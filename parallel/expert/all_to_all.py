@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kernels import permute as definition
+from kernels.contract import Permute
 from kernels.quantize import Quantized
 from parallel.device import EXPERT, HOST, Device, Event, Ticket
 from parallel.expert.contract import Pending
@@ -99,10 +101,13 @@ class _Packer:
 
 
 class AllToAllDispatcher:
-    """Flat all-to-all over one expert-parallel group (`group` None: this rank alone holds every expert)."""
+    """Flat all-to-all over one expert-parallel group (`group` None: this rank alone holds every expert). permute: the
+    back end that lays received rows out by expert and sums them."""
 
-    def __init__(self, experts: int, group: dist.ProcessGroup | None, device: Device = HOST) -> None:
-        self.group, self.device = group, device
+    def __init__(
+        self, experts: int, group: dist.ProcessGroup | None, device: Device = HOST, permute: Permute = definition
+    ) -> None:
+        self.group, self.device, self.permute = group, device, permute
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         if experts % self.ranks:
@@ -171,9 +176,9 @@ class AllToAllDispatcher:
                 weights_X = weights_VK[route.received.rows_X, route.received.slots_X]
             layout = route.layout
             if quantized:
-                data = parts[0].view(torch.float8_e4m3fn)
-                return Received(Quantized(data, parts[1]).index_rows(layout.rows_X), weights_X, layout.counts)
-            return Received(parts[0][layout.rows_X], weights_X, layout.counts)
+                rows = Quantized(parts[0].view(torch.float8_e4m3fn), parts[1])
+                return Received(self.permute.take_rows(rows, layout.rows_X), weights_X, layout.counts)
+            return Received(self.permute.take_rows(parts[0], layout.rows_X), weights_X, layout.counts)
 
         if self.group is None:
             # Every token goes to this rank, in its own order: nothing to pick or to pack.
@@ -197,10 +202,8 @@ class AllToAllDispatcher:
     def reduce(self, route: Route, rows: torch.Tensor, weight_grads: torch.Tensor | None = None) -> Reduced:
         """Expanded [X, D] rows (and [X] gradients of their router weights) summed over this rank's experts."""
         layout = route.layout
-        promoted = torch.promote_types(rows.dtype, torch.float32)
         received = sum(route.take)
-        sums_VD = rows.new_zeros(received, rows.shape[-1], dtype=promoted)
-        columns = [sums_VD.index_add_(0, layout.rows_X, rows.to(promoted)).to(rows.dtype)]
+        columns = [self.permute.sum_rows(rows, layout.rows_X, received)]
         if weight_grads is not None:
             dense_VK = weight_grads.new_zeros(received, route.expert_index_TK.shape[1])
             columns.append(dense_VK.index_put_((layout.rows_X, layout.slots_X), weight_grads))
@@ -219,10 +222,8 @@ class AllToAllDispatcher:
         kept = [reduced]
 
         def place(x: torch.Tensor) -> torch.Tensor:
-            high = torch.promote_types(x.dtype, torch.float32)
             assert route.rows_S is not None
-            total = x.new_zeros(route.tokens, *x.shape[1:], dtype=high).index_add_(0, route.rows_S, x.to(high))
-            return total.to(x.dtype)
+            return self.permute.sum_rows(x, route.rows_S, route.tokens)
 
         def finish() -> tuple[torch.Tensor, torch.Tensor | None]:
             kept.clear()

@@ -331,17 +331,23 @@ def test_norms_are_computed_again_once_per_backward_and_freed(
     monkeypatch.setattr(norm, "rmsnorm", counted)
     backward(s, state, split)
     assert calls == {"attn_norm": 1, "mlp_norm": 1}
-    state.again = None  # the state itself is dropped with its chunk
     assert len(results) == 2 and all(reference.expired() for reference in results)
 
 
-def test_the_mlp_norm_lives_until_the_routers_gradient() -> None:
+def test_the_mlp_norm_lives_until_the_routers_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cell is shared across segments: by the MLP's products and, in the attention segment, the router's."""
     s, state = setting(**CASES["moe"]), LayerState()
+    original, cells, alive, bags = Ops.rmsnorm_linear, list[Any](), list[bool](), list[Bag]()
+
+    def kept(self: Ops, x: torch.Tensor, gain: torch.nn.Parameter, others: bool) -> Any:
+        found = original(self, x, gain, others)
+        cells.append(found[1])
+        return found
+
+    monkeypatch.setattr(Ops, "rmsnorm_linear", kept)
     forward(s, state)
-    cell, alive = state.again, list[bool]()
-    state.again = None
-    bags: list[Bag] = []
+    cell = cells.pop()
+    cells.clear()
     drain(s.segmented.backward(s.segmented.enter(s.dy_BTd.flatten(0, 1)), state, bags.append, lambda dx: None))
     value = StorageWeakRef(cell().untyped_storage())
     del cell

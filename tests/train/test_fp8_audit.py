@@ -19,12 +19,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-import model.ops
+import kernels.e5m6
+import kernels.norm
+import kernels.quantize
+import kernels.swiglu
 from data.contract import IGNORE, MicroBatch, StepCounts
 from kernels.quantize import Quantized, dequantize, quantize_columns, quantize_rows
 from model.balance import BalanceWeights
 from model.config import ModelConfig
-from model.ops import Input, Ops
+from model.operands import Box, Input
+from model.ops import Ops
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
 from tests.distributed_helper import run_distributed
@@ -171,9 +175,11 @@ def test_four_processes_follow_the_table() -> None:
 def bf16_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Ops.linear
 
-    def linear(self: Ops, x: torch.Tensor, weight: nn.Parameter, given: Input, name: str) -> torch.Tensor:
+    def linear(
+        self: Ops, x: torch.Tensor, weight: nn.Parameter, given: Input, name: str, box: Box | None = None
+    ) -> torch.Tensor:
         if not name.endswith("layers.1.shared.down"):
-            return right(self, x, weight, given, name)
+            return right(self, x, weight, given, name, box)
         kept = x.detach()
         return self.high_linear(x, weight, lambda: kept, name, self.dtype)
 
@@ -192,6 +198,13 @@ def torch_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ops, "multiply", multiply)
 
 
+def everywhere(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Quantized]) -> None:
+    """In place of the quantiser wherever the torch back end calls it."""
+    for module in (kernels.quantize, kernels.norm, kernels.swiglu, kernels.e5m6):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, function)
+
+
 def one_scale_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(x: torch.Tensor, power_of_two: bool = False) -> Quantized:
         q = quantize_rows(x, power_of_two)
@@ -199,15 +212,15 @@ def one_scale_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         codes = x.float() / scale.repeat_interleave(128, 1)[:, : x.shape[1]]
         return Quantized(codes.to(torch.float8_e4m3fn), scale)
 
-    monkeypatch.setattr(model.ops, "quantize_rows", rows)
+    everywhere(monkeypatch, "quantize_rows", rows)
 
 
 def every_scale_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.ops, "quantize_rows", lambda x, power_of_two=False: quantize_rows(x, True))
+    everywhere(monkeypatch, "quantize_rows", lambda x, power_of_two=False: quantize_rows(x, True))
 
 
 def no_scale_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.ops, "quantize_rows", lambda x, power_of_two=False: quantize_rows(x, False))
+    everywhere(monkeypatch, "quantize_rows", lambda x, power_of_two=False: quantize_rows(x, False))
 
 
 def gradient_scales_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +228,7 @@ def gradient_scales_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         q = quantize_columns(x, power_of_two, counts)
         return Quantized(q.data, q.scale.roll(1, 1), q.counts)
 
-    monkeypatch.setattr(model.ops, "quantize_columns", columns)
+    everywhere(monkeypatch, "quantize_columns", columns)
 
 
 def gradient_rows_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,10 +237,12 @@ def gradient_rows_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = Ops.multiply_backward
 
-    def multiply_backward(self: Ops, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str) -> torch.Tensor:
+    def multiply_backward(
+        self: Ops, dy: torch.Tensor, given: Input, weight: nn.Parameter, name: str, box: Box | None = None
+    ) -> torch.Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(model.ops, "quantize_columns", columns)
-            return right(self, dy, given, weight, name)
+            everywhere(patch, "quantize_columns", columns)
+            return right(self, dy, given, weight, name, box)
 
     monkeypatch.setattr(Ops, "multiply_backward", multiply_backward)
 

@@ -1,0 +1,157 @@
+"""Which code computes each op of the FP8 recipe: chosen by op in the configuration, resolved once at start.
+
+Back ends: `torch` defines the numbers and runs anywhere; `triton` is ours for Hopper; `te`, `deep_gemm` and `scaled_mm`
+are adapters of libraries. `auto` is `torch` on a CPU and `triton` on a GPU. What cannot work is refused with the
+reason; nothing falls back. Attention, rotation, cross entropy, AdamW and the products of plain operands have torch
+only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from kernels.contract import Format, Gemm, GroupedGemm, Norm, Permute, Quantize, SwiGLU
+
+# Op -> back end -> module. `problem(device)` of the module, or of its package, says why it cannot work on a device.
+MODULES: dict[str, dict[str, str]] = {
+    "quantize": {
+        "torch": "kernels.quantize",
+        "triton": "kernels.hopper.quantize",
+        "te": "kernels.libraries.te_quantize",
+    },
+    "gemm": {
+        "torch": "kernels.gemm",
+        "triton": "kernels.hopper.gemm",
+        "te": "kernels.libraries.te_gemm",
+        "deep_gemm": "kernels.libraries.deep_gemm",
+        "scaled_mm": "kernels.libraries.scaled_mm",
+    },
+    "grouped_gemm": {
+        "torch": "kernels.grouped",
+        "triton": "kernels.hopper.grouped",
+        "te": "kernels.libraries.te_grouped",
+        "deep_gemm": "kernels.libraries.deep_grouped",
+    },
+    "norm": {"torch": "kernels.norm", "triton": "kernels.hopper.norm"},
+    "swiglu": {"torch": "kernels.swiglu", "triton": "kernels.hopper.swiglu"},
+    "permute": {"torch": "kernels.permute", "triton": "kernels.hopper.permute"},
+    "e5m6": {"torch": "kernels.e5m6", "triton": "kernels.hopper.e5m6"},
+}
+OPS = tuple(MODULES)
+TENSOR_CORE = ("triton", "te", "deep_gemm", "scaled_mm")
+
+
+class BackendError(ValueError):
+    """A choice of back ends that cannot work; one line per op, with the reason and the remedy."""
+
+
+@dataclass
+class KernelsConfig:
+    """Back end of every op, `auto` or a name of `MODULES`. num_sms: multiprocessors that our persistent kernels occupy,
+    0 for all (DeepSeek computes on 112 of 132 and leaves 20 to communication). measured: a table of tile choices that
+    `python -m kernels bench --write` made on this kind of GPU; empty: the cost model chooses."""
+
+    quantize: str = "auto"
+    gemm: str = "auto"
+    grouped_gemm: str = "auto"
+    norm: str = "auto"
+    swiglu: str = "auto"
+    permute: str = "auto"
+    e5m6: str = "auto"
+    num_sms: int = 0
+    measured: str = ""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The resolved back ends. table: op -> name of its back end, as printed at start and saved with the run."""
+
+    quantize: Quantize
+    gemm: Gemm
+    grouped_gemm: GroupedGemm
+    norm: Norm
+    swiglu: SwiGLU
+    permute: Permute
+    e5m6: Format
+    table: dict[str, str]
+
+
+def torch_kernels() -> Kernels:
+    """The definitions of all ops."""
+    modules: dict[str, Any] = {op: import_module(names["torch"]) for op, names in MODULES.items()}
+    return Kernels(**modules, table=dict.fromkeys(OPS, "torch"))
+
+
+def config_problems(config: KernelsConfig) -> list[str]:
+    """What is wrong with a choice whatever the machine: unknown names, pairs that do not fit."""
+    found = []
+    for op in OPS:
+        allowed = ("auto", *MODULES[op])
+        if getattr(config, op) not in allowed:
+            found.append(f"kernels.{op}: found '{getattr(config, op)}', allowed {', '.join(allowed)}")
+    if config.num_sms < 0:
+        found.append(f"kernels.num_sms: found {config.num_sms}, allowed 0 (all) or more")
+    for op in ("gemm", "grouped_gemm"):
+        if config.quantize == "torch" and getattr(config, op) in TENSOR_CORE:
+            found.append(
+                f"kernels.{op}: '{getattr(config, op)}' multiplies by transposed copies of the weights, which "
+                "kernels.quantize=torch does not make; choose kernels.quantize=triton"
+            )
+    return found
+
+
+def resolve(config: KernelsConfig, where: torch.device) -> Kernels:
+    """The modules that a configuration means on a device. Raises BackendError with every problem, one per line."""
+    automatic = "torch" if where.type == "cpu" else "triton"
+    table = {op: automatic if getattr(config, op) == "auto" else getattr(config, op) for op in OPS}
+    problems = config_problems(config) or config_problems(_named(config, table))
+    if problems:
+        raise BackendError("\n".join(problems))
+    settings = {"num_sms": config.num_sms or None, "measured": config.measured or None}
+    modules: dict[str, Any] = {}
+    for op, name in table.items():
+        try:
+            module = import_module(MODULES[op][name])
+        except ImportError as error:
+            problems.append(f"kernels.{op}: '{name}' cannot be loaded: {error}")
+            continue
+        reason = _problem(module, where)
+        if reason:
+            problems.append(f"kernels.{op}: '{name}' cannot work on {where}: {reason}")
+        modules[op] = bound(module, settings)
+    if problems:
+        raise BackendError("\n".join(problems))
+    return Kernels(**modules, table=table)
+
+
+def _problem(module: ModuleType, where: torch.device) -> str | None:
+    check: Callable[[torch.device], str | None] | None = getattr(module, "problem", None)
+    return check(where) if check else None
+
+
+def bound(module: ModuleType, settings: dict[str, Any]) -> Any:
+    """The module's functions with those settings given that they take; the module itself where there are none."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    functions = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        taken = {key: value for key, value in given.items() if key in inspect.signature(function).parameters}
+        functions[name] = partial(function, **taken) if taken else function
+    return SimpleNamespace(**functions) if given else module
+
+
+def resolved_config(config: KernelsConfig, kernels: Kernels) -> KernelsConfig:
+    """The same configuration with `auto` replaced by what it came to."""
+    return _named(config, kernels.table)
+
+
+def _named(config: KernelsConfig, table: dict[str, str]) -> KernelsConfig:
+    named: dict[str, Any] = dict(table)
+    return replace(config, **named)
