@@ -14,6 +14,7 @@ from kernels.compiled.properties import Properties
 
 TENSOR_CORE = ("QGMMA", "HGMMA", "IGMMA")
 GLOBAL = ("LDG", "STG", "LDGSTS", "ATOMG", "ATOM", "RED", "REDG", "LD", "ST")
+ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS")
 K_BLOCK = 128
 GROUP_WARPS = 4  # a warp group issues one tensor-core instruction together
 PRODUCER_WARPS = 4
@@ -73,6 +74,7 @@ def properties(compiled: Compiled) -> Properties:
         total=dict(sorted(total.items())),
         stream_instructions=streamed,
         stream_bytes=stream_bytes,
+        atomics=atomics(instructions),
     )
 
 
@@ -131,6 +133,11 @@ def width(instruction: Instruction) -> int:
 def global_accesses(instructions: list[Instruction] | tuple[Instruction, ...]) -> Counter[int]:
     """Loads and stores of global memory by width in bits; TMA apart."""
     return Counter(width(instruction) for instruction in instructions if instruction.name in GLOBAL)
+
+
+def atomics(instructions: list[Instruction]) -> int:
+    """Instructions that compute on memory. A descriptor made in the kernel is published by an exchange."""
+    return sum(instruction.name in ATOMIC and ".EXCH" not in instruction.opcode for instruction in instructions)
 
 
 def stream(instructions: list[Instruction]) -> tuple[int, int]:

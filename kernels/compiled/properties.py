@@ -27,7 +27,8 @@ class Properties:
     stores of global memory by width in bits. total: all instructions by opcode. setmaxnreg: registers are handed from
     the producer to the consumers. hot_loops: `hot_loop` of every consumer and of every branch that has one of its own;
     `hot_loop` is the longest of them. stream_instructions, stream_bytes: instructions of a warp where it moves most,
-    its inner loop or all of the kernel, and the bytes they move by 128-bit accesses.
+    its inner loop or all of the kernel, and the bytes they move by 128-bit accesses. atomics: instructions that add to,
+    or otherwise compute on, global or shared memory; the exchange that publishes a descriptor is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Properties:
     hot_loops: list[dict[str, int]] = field(default_factory=list)
     stream_instructions: int = 0
     stream_bytes: int = 0
+    atomics: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

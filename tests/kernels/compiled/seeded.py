@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import triton
 import triton.language as tl
 
+from kernels.compiled.build import compile_variant
+from kernels.compiled.expected import Product, Stream
+from kernels.compiled.gates import check, held_against, variants_of
+from kernels.compiled.machine_code import properties
 from kernels.hopper.variant import Variant
 
 
@@ -83,7 +90,7 @@ def wrong(X, N, BN: tl.constexpr):
 
 POINTERS = {"A": "*fp8e4nv", "B": "*fp8e4nv", "C": "*bf16", "As": "*fp32", "Bs": "*fp32"}
 SIZES = {"M": "i32", "N": "i32", "K": "i32", "sas": "i32", "sbs": "i32"}
-ROWS = {"X": "*bf16", "Y": "*fp8e4nv", "S": "*fp32", "M": "i32", "N": "i32"}
+MATRIX = {"X": "*bf16", "Y": "*fp8e4nv", "S": "*fp32", "M": "i32", "N": "i32"}
 
 
 def plain_variant(name: str, *, warps: int = 8, k_major: bool = True, fma: bool = True, stages: int = 4) -> Variant:
@@ -110,7 +117,7 @@ def plain_variant(name: str, *, warps: int = 8, k_major: bool = True, fma: bool 
     )
 
 
-def specialised_variant(name: str, *, warps: int = 4) -> Variant:
+def specialised_variant(name: str, *, twin: str | None, warps: int = 4) -> Variant:
     return Variant(
         name=name,
         kernel=specialised,
@@ -121,6 +128,7 @@ def specialised_variant(name: str, *, warps: int = 4) -> Variant:
         num_stages=4,
         tile=(128, 128, 128),
         warp_specialised=True,
+        plain_twin=twin,
     )
 
 
@@ -128,7 +136,7 @@ def rows_variant(name: str, *, aligned: bool = True) -> Variant:
     return Variant(
         name=name,
         kernel=rows_to_fp8,
-        signature=ROWS,
+        signature=MATRIX,
         constants={"BM": 32},
         aligned=("X", "Y", "S", "M", "N") if aligned else ("X", "Y", "S"),
         num_warps=4,
@@ -147,3 +155,74 @@ def atomic_variant(name: str) -> Variant:
 
 def wrong_variant(name: str) -> Variant:
     return Variant(name=name, kernel=wrong, signature={"X": "*i32", "N": "i32"}, constants={"BN": 128})
+
+
+class EndsTheProcess:
+    """In place of a kernel: what a failed assertion in the compiler does."""
+
+    @property
+    def arg_names(self) -> list[str]:
+        os._exit(3)
+
+
+def variants() -> list[Variant]:
+    """Sound ones first; what is wrong with the others is their name."""
+    return [
+        specialised_variant("specialised", twin="plain"),
+        plain_variant("plain"),
+        rows_variant("rows"),
+        plain_variant("operand not K-major", k_major=False, stages=3),
+        plain_variant("4 warps at 128x128", warps=4, stages=3),
+        plain_variant("too many stages", stages=8),
+        specialised_variant("8 warps are not specialised", warps=8, twin="plain"),
+        specialised_variant("no twin", twin=None),
+        rows_variant("sizes not aligned", aligned=False),
+        atomic_variant("atomic sum"),
+        wrong_variant("does not compile"),
+        Variant("ends the process", EndsTheProcess(), {}),
+        rows_variant("without a row"),
+    ]
+
+
+def product(name: str, *, specialised: bool = False) -> Product:
+    return Product(
+        name,
+        "QGMMA.64x128x32.F32.E4M3.E4M3",
+        warps=12 if specialised else 8,
+        consumers=2,
+        qgmma=4,
+        accumulators=64,
+        ffma=64,
+        fmul=2,
+        warp_specialised=specialised,
+    )
+
+
+ROWS = (
+    product("specialised", specialised=True),
+    product("plain"),
+    Stream("rows", 4, {32: 1}),
+    product("operand not K-major"),
+    product("4 warps at 128x128"),
+    product("too many stages"),
+    product("8 warps are not specialised", specialised=True),
+    product("no twin", specialised=True),
+    Stream("sizes not aligned", 4, {32: 1}),
+    Stream("atomic sum", 4, {32: 1, 64: 1}),
+    Stream("does not compile", 4, {}),
+    Stream("ends the process", 4, {}),
+    Stream("without a kernel", 4, {}),
+)
+
+
+def main() -> None:
+    """Prints the gates that each variant fails, and what is missing, as JSON."""
+    modules = (__name__,)
+    report = check(modules, list(variants_of(modules)), ROWS, triton.__version__, jobs=2)
+    failed: dict[str, dict[str, str]] = {}
+    for failure in report.failures:
+        failed.setdefault(failure.name, {})[failure.gate] = failure.found
+    for name, fma in (("fusion off, acc += p * s", False), ("fusion off, fma(p, s, acc)", True)):
+        found = properties(compile_variant(plain_variant(name, fma=fma), fp_fusion=False))
+        failed[name] = {failure.gate: failure.found for failure in held_against(product(name), found)}
+    print(json.dumps({"failed": failed, "missing": report.missing, "read": sorted(report.read)}))
