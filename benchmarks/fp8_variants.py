@@ -15,10 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import quantize
-from kernels.quantize import E4M3_MAX
+from kernels import quantize, swiglu
+from kernels.quantize import E4M3_MAX, Quantized
 from kernels.tiles import scales_from_amax
-from model.ops import Ops
 
 Scales = Callable[[Tensor, bool], Tensor]
 Codes = Callable[[Tensor], Tensor]
@@ -65,13 +64,14 @@ def quantised_as(name: str) -> Iterator[None]:
     output, and SwiGLU's cached input, whose tiles are E4M3 in every format. For this process and all its threads.
     """
     scales, codes = FORMATS[name]
-    plain_keep, plain_scales, plain_codes = Ops.keep, quantize.choose_scales, quantize.round_to_codes
+    plain_scales, plain_codes = quantize.choose_scales, quantize.round_to_codes
 
-    def keep(self: Ops, x: Tensor) -> Callable[[], Tensor]:
+    def tiles(gate_up: Tensor, row_weight_M: Tensor | None = None) -> tuple[Quantized, Quantized]:
         with replaced(plain_scales, plain_codes):
-            return plain_keep(self, x)
+            kept = quantize.quantize_rows(gate_up)
+        return kept, quantize.quantize_rows(swiglu.swiglu(gate_up, row_weight_M))
 
-    with replaced(scales or plain_scales, codes or plain_codes), mock.patch.object(Ops, "keep", keep):
+    with replaced(scales or plain_scales, codes or plain_codes), mock.patch.object(swiglu, "swiglu_tiles", tiles):
         yield
 
 

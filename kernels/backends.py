@@ -9,7 +9,7 @@ only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,8 @@ import torch
 
 from kernels.contract import Format, Gemm, GroupedGemm, Norm, Permute, Quantize, SwiGLU
 
-# Op -> back end -> module. `problem(device)` of the module, or of its package, says why it cannot work on a device.
+# Op -> back end -> module. Where a back end does not work everywhere, its `problem(device)` says why not, and its
+# `check_shapes(name, out, in)` why it cannot multiply by a weight: functions of the module, or of AVAILABLE for ours.
 MODULES: dict[str, dict[str, str]] = {
     "quantize": {
         "torch": "kernels.quantize",
@@ -38,7 +39,7 @@ MODULES: dict[str, dict[str, str]] = {
         "torch": "kernels.grouped",
         "triton": "kernels.hopper.grouped",
         "te": "kernels.libraries.te_grouped",
-        "deep_gemm": "kernels.libraries.deep_grouped",
+        "deep_gemm": "kernels.libraries.deep_gemm_grouped",
     },
     "norm": {"torch": "kernels.norm", "triton": "kernels.hopper.norm"},
     "swiglu": {"torch": "kernels.swiglu", "triton": "kernels.hopper.swiglu"},
@@ -46,6 +47,8 @@ MODULES: dict[str, dict[str, str]] = {
     "e5m6": {"torch": "kernels.e5m6", "triton": "kernels.hopper.e5m6"},
 }
 OPS = tuple(MODULES)
+AVAILABLE = "kernels.hopper.available"
+PRODUCTS = ("gemm", "grouped_gemm")
 TENSOR_CORE = ("triton", "te", "deep_gemm", "scaled_mm")
 
 
@@ -99,7 +102,7 @@ def config_problems(config: KernelsConfig) -> list[str]:
             found.append(f"kernels.{op}: found '{getattr(config, op)}', allowed {', '.join(allowed)}")
     if config.num_sms < 0:
         found.append(f"kernels.num_sms: found {config.num_sms}, allowed 0 (all) or more")
-    for op in ("gemm", "grouped_gemm"):
+    for op in PRODUCTS:
         if config.quantize == "torch" and getattr(config, op) in TENSOR_CORE:
             found.append(
                 f"kernels.{op}: '{getattr(config, op)}' multiplies by transposed copies of the weights, which "
@@ -108,8 +111,12 @@ def config_problems(config: KernelsConfig) -> list[str]:
     return found
 
 
-def resolve(config: KernelsConfig, where: torch.device) -> Kernels:
-    """The modules that a configuration means on a device. Raises BackendError with every problem, one per line."""
+def resolve(config: KernelsConfig, where: torch.device, linears: Iterable[tuple[str, int, int]] = ()) -> Kernels:
+    """The modules that a configuration means on a device. Raises BackendError with every problem, one per line.
+
+    linears: (name, output features, input features) of the layers that will run in FP8.
+    """
+    layers = list(linears)
     automatic = "torch" if where.type == "cpu" else "triton"
     table = {op: automatic if getattr(config, op) == "auto" else getattr(config, op) for op in OPS}
     problems = config_problems(config) or config_problems(_named(config, table))
@@ -118,23 +125,18 @@ def resolve(config: KernelsConfig, where: torch.device) -> Kernels:
     settings = {"num_sms": config.num_sms or None, "measured": config.measured or None}
     modules: dict[str, Any] = {}
     for op, name in table.items():
-        try:
-            module = import_module(MODULES[op][name])
-        except ImportError as error:
-            problems.append(f"kernels.{op}: '{name}' cannot be loaded: {error}")
-            continue
-        reason = _problem(module, where)
+        checks = import_module(AVAILABLE if name == "triton" else MODULES[op][name])
+        reason = checks.problem(where) if hasattr(checks, "problem") else None
         if reason:
             problems.append(f"kernels.{op}: '{name}' cannot work on {where}: {reason}")
-        modules[op] = bound(module, settings)
+            continue
+        if op in PRODUCTS and hasattr(checks, "check_shapes"):
+            refused = [line for layer in layers if (line := checks.check_shapes(*layer))]
+            problems += [f"kernels.{op}: '{name}' cannot multiply by {line}" for line in refused]
+        modules[op] = bound(import_module(MODULES[op][name]), settings)
     if problems:
         raise BackendError("\n".join(problems))
     return Kernels(**modules, table=table)
-
-
-def _problem(module: ModuleType, where: torch.device) -> str | None:
-    check: Callable[[torch.device], str | None] | None = getattr(module, "problem", None)
-    return check(where) if check else None
 
 
 def bound(module: ModuleType, settings: dict[str, Any]) -> Any:

@@ -18,7 +18,8 @@ from data.contract import StepCounts, StreamState
 from data.stream import Stream, open_stream
 from kernels.backends import BackendError, Kernels, resolve
 from model.groups import group_table
-from model.names import moe_layers
+from model.names import canonical_shapes, moe_layers
+from model.precision import in_fp8
 from parallel.device import HOST
 from parallel.layout import describe
 from parallel.optimizer.config import dtype_of
@@ -92,8 +93,10 @@ class Trainer:
             raise ConfigError(f"configuration: ranks were started with different ones: {sorted(set(digests))}")
 
     def _resolve_kernels(self) -> Kernels:
+        shapes = canonical_shapes(self.config.model) if self.config.precision.fp8 else {}
+        linears = [(name, *shape[-2:]) for name, shape in shapes.items() if in_fp8(name)]
         try:
-            return resolve(self.config.kernels, HOST.where)
+            return resolve(self.config.kernels, HOST.where, linears)
         except BackendError as error:
             raise ConfigError(str(error).replace("\n", "; ")) from None
 

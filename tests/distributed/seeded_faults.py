@@ -48,9 +48,9 @@ def adopt_left_out(engine: SanitizedEngine) -> None:
 def item_in_a_segment(engine: SanitizedEngine) -> None:
     swiglu = engine.ops.swiglu
 
-    def watched(gate_up: torch.Tensor, row_weight: torch.Tensor | None = None) -> Any:
+    def watched(gate_up: torch.Tensor, *others: Any) -> Any:
         assert gate_up.abs().max().item() >= 0
-        return swiglu(gate_up, row_weight)
+        return swiglu(gate_up, *others)
 
     engine.ops.swiglu = watched  # type: ignore[method-assign]
 
