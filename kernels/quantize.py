@@ -115,17 +115,13 @@ class Quantized:
 
 def quantize_rows(x_MK: Tensor, power_of_two: bool = False) -> Quantized:
     """[M, K] -> data [M, K], scale [M, ceil(K/128)]: one scale per row and 128 columns. K: any multiple of 16."""
-    _check_matrix(x_MK, "quantize_rows")
+    check_matrix(x_MK, "quantize_rows")
     return Quantized(*_quantize(x_MK.contiguous(), 1, TILE, power_of_two))
 
 
 def quantize_blocks(w_NK: Tensor) -> Quantized:
     """[N, K] or stacked [E, N, K] -> data of that shape, scale [..., ceil(N/128), ceil(K/128)]: one scale per block."""
-    if w_NK.ndim not in (2, 3) or w_NK.shape[-1] % WIDTH_MULTIPLE or w_NK.shape[-2] % WIDTH_MULTIPLE:
-        raise ValueError(
-            f"quantize_blocks: weight of shape {tuple(w_NK.shape)}; allowed is [N, K] or [E, N, K] with N and K "
-            f"multiples of {WIDTH_MULTIPLE}: choose such widths or leave this layer unquantised"
-        )
+    check_weight(w_NK)
     return Quantized(*_quantize(w_NK.contiguous(), TILE, TILE, False))
 
 
@@ -135,7 +131,7 @@ def quantize_columns(x_MK: Tensor, power_of_two: bool = False, counts: Sequence[
     With `counts` (rows per expert, in order, summing to M) no tile crosses a group: each group is padded with zeros
     to a multiple of 128 rows, data [K, P], scale [K, P/128]; an empty group takes no columns.
     """
-    _check_matrix(x_MK, "quantize_columns")
+    check_matrix(x_MK, "quantize_columns")
     if counts is not None:
         return _quantize_groups(x_MK.contiguous(), tuple(int(count) for count in counts), power_of_two)
     data, scale = _quantize(x_MK.contiguous(), TILE, 1, power_of_two)
@@ -151,8 +147,7 @@ def quantize_both(
 
 def requantize_columns(q_MK: Quantized, power_of_two: bool = False, counts: Sequence[int] | None = None) -> Quantized:
     """`quantize_columns` of stored 1x128 tiles: dequantised, transposed, quantised again (V3 section 3.5.2)."""
-    if not q_MK.has_tile(ROW_TILE):
-        raise ValueError(f"requantize_columns takes 1x128 tiles; data {tuple(q_MK.shape)} has {q_MK.tile} tiles")
+    check_row_tiles(q_MK)
     return quantize_columns(dequantize(q_MK), power_of_two, counts)
 
 
@@ -237,8 +232,7 @@ def _decode(data: Tensor) -> Tensor:
 
 def _quantize_groups(x_MK: Tensor, counts: tuple[int, ...], power_of_two: bool) -> Quantized:
     """`quantize_columns` with groups: only real rows are computed with, the padding is bytes."""
-    if sum(counts) != x_MK.shape[0] or min(counts, default=0) < 0:
-        raise ValueError(f"quantize_columns: counts {counts} sum to {sum(counts)}; the matrix has {x_MK.shape[0]} rows")
+    check_counts(counts, x_MK.shape[0])
     values = x_MK.to(torch.float32)
     padded = sum(map(padded_rows, counts))
     amax = values.new_empty((padded // TILE, x_MK.shape[1]))
@@ -277,9 +271,31 @@ def _from_host(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _check_matrix(x_MK: Tensor, name: str) -> None:
+def check_matrix(x_MK: Tensor, name: str) -> None:
+    """ValueError: the quantiser `name` cannot take this matrix."""
     if x_MK.ndim != 2 or x_MK.shape[1] % WIDTH_MULTIPLE or not x_MK.is_floating_point():
         raise ValueError(
             f"{name}: {x_MK.dtype} of shape {tuple(x_MK.shape)}; allowed is a float matrix [rows, columns], columns "
             f"a multiple of {WIDTH_MULTIPLE}: choose such a width or leave this layer unquantised"
         )
+
+
+def check_weight(w_NK: Tensor) -> None:
+    """ValueError: `quantize_blocks` cannot take this weight."""
+    if w_NK.ndim not in (2, 3) or w_NK.shape[-1] % WIDTH_MULTIPLE or w_NK.shape[-2] % WIDTH_MULTIPLE:
+        raise ValueError(
+            f"quantize_blocks: weight of shape {tuple(w_NK.shape)}; allowed is [N, K] or [E, N, K] with N and K "
+            f"multiples of {WIDTH_MULTIPLE}: choose such widths or leave this layer unquantised"
+        )
+
+
+def check_counts(counts: Sequence[int], rows: int) -> None:
+    """ValueError: these are not the rows of the groups of a matrix of `rows` rows."""
+    if sum(counts) != rows or min(counts, default=0) < 0:
+        raise ValueError(f"quantize_columns: counts {tuple(counts)} sum to {sum(counts)}; the matrix has {rows} rows")
+
+
+def check_row_tiles(q_MK: Quantized) -> None:
+    """ValueError: `requantize_columns` cannot take these tiles."""
+    if not q_MK.has_tile(ROW_TILE):
+        raise ValueError(f"requantize_columns takes 1x128 tiles; data {tuple(q_MK.shape)} has {q_MK.tile} tiles")
