@@ -8,7 +8,7 @@ expert, in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, overload
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from kernels.e5m6 import E5M6
 from kernels.observe import Operand
 from kernels.quantize import Quantized
+
+Rows = TypeVar("Rows", Tensor, Quantized)
 
 
 class Quantize(Protocol):
@@ -123,11 +125,7 @@ class SwiGLU(Protocol):
 class Permute(Protocol):
     """Rows of tokens to rows of experts and back, without atomics."""
 
-    @overload
-    def take_rows(self, rows: Tensor, index_X: Tensor) -> Tensor: ...
-
-    @overload
-    def take_rows(self, rows: Quantized, index_X: Tensor) -> Quantized:
+    def take_rows(self, rows: Rows, index_X: Tensor) -> Rows:
         """[V, D] tensor or FP8 rows with their scales -> [X, D]."""
         ...
 

@@ -5,20 +5,17 @@ Shapes: V rows of tokens, X expanded rows (a token's row once for each of its ex
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kernels.observe import Operand
 from kernels.quantize import Quantized
 
+Rows = TypeVar("Rows", Tensor, Quantized)
 
-@overload
-def take_rows(rows: Tensor, index_X: Tensor) -> Tensor: ...
-@overload
-def take_rows(rows: Quantized, index_X: Tensor) -> Quantized: ...
-def take_rows(rows: Operand, index_X: Tensor) -> Operand:
+
+def take_rows(rows: Rows, index_X: Tensor) -> Rows:
     """[V, D] tensor, or FP8 rows in 1x128 tiles with their scales -> [X, D] of the same kind; indices may repeat."""
     return rows.index_rows(index_X) if isinstance(rows, Quantized) else rows.index_select(0, index_X)
 

@@ -94,7 +94,7 @@ class Trainer:
 
     def _resolve_kernels(self) -> Kernels:
         shapes = canonical_shapes(self.config.model) if self.config.precision.fp8 else {}
-        linears = [(name, *shape[-2:]) for name, shape in shapes.items() if in_fp8(name)]
+        linears = [(name, shape[-2], shape[-1]) for name, shape in shapes.items() if in_fp8(name)]
         try:
             return resolve(self.config.kernels, HOST.where, linears)
         except BackendError as error:

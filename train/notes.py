@@ -14,6 +14,12 @@ def notes(config: RunConfig) -> list[str]:
     found = [
         f"stages.{i}: no effect of {line}" for i, stage in enumerate(config.stages) for line in _idle(config, stage)
     ]
+    if not config.precision.fp8:
+        found += [
+            f"no effect of kernels.{op}={name}: precision.fp8 is off"
+            for op in ("quantize", "gemm", "grouped_gemm", "e5m6")
+            if (name := getattr(config.kernels, op)) != "auto"
+        ]
     if config.model.has_experts and not config.model.router_bias:
         found += [
             f"stages.{i}: nothing balances the experts: every balance weight is 0 and routers have no bias"

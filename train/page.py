@@ -169,6 +169,10 @@ def _facts(run: RunRecord) -> str:
         )
     if precision:
         facts.append(("precision", ", ".join(f"{key} {value}" for key, value in precision.items())))
+    resolved = [event for event in run.events if event.get("event") == "kernels"]
+    if resolved and precision.get("fp8"):
+        table = _mapping(resolved[-1].get("table"))
+        facts.append(("kernels", ", ".join(f"{op} {name}" for op, name in table.items())))
     for stage in stage_flops(run):
         speed = "" if stage.per_second is None else f", {engineering(stage.per_second)}FLOPs per second on all ranks"
         per_token = f"{engineering(stage.per_token)}FLOPs per token at {stage.length:,}"

@@ -12,6 +12,10 @@ from train.notes import notes
     ("overrides", "said"),
     [
         ([], []),
+        (
+            ["precision.fp8=false", "kernels.gemm=scaled_mm", "kernels.norm=torch"],
+            ["no effect of kernels.gemm=scaled_mm: precision.fp8 is off"],
+        ),
         (["model=demo_v2"], ["stages.0: no effect of bias_update: the model's routers have no bias"]),
         (["model=demo_v2"], ["stages.0: no effect of mtp_weight: the model has no MTP"]),
         (
