@@ -8,7 +8,7 @@ Shapes: M tokens (rows), N output features, K input features.
 
 Both operands of a product are plain or both are `Quantized`. Plain operands are promoted to FP32 at least (float64
 stays), multiplied, and rounded once: this is what a tensor core does with BF16, and several times faster on a CPU than
-a BF16 product.
+a BF16 product. On a GPU its tensor cores are given BF16 and FP16 as they are, and sum in FP32.
 
 FP8 is defined by `product_reference` (V3 section 3.3.2): exact products of codes, summed in FP32 over 128 elements,
 then multiplied by both scales and added to an FP32 sum. The functions here scale first and multiply once. The
@@ -30,7 +30,7 @@ def fprop(x: Operand, w: Operand, out_dtype: torch.dtype | None = None, *, name:
     check_pair("fprop", x, w, (ROW_TILE, BLOCK_TILE), ndim=(2, 2))
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"fprop {name}: x {tuple(x.shape)} and w {tuple(w.shape)} differ in K, their last dimension")
-    out = (widen(x) @ widen(w).t()).to(result_dtype(x, out_dtype))
+    out = multiply(x, w, result_dtype(x, out_dtype), transpose=True)
     report(name, "fprop", x, w, out)
     return out
 
@@ -42,7 +42,7 @@ def dgrad(dy: Operand, w: Operand, out_dtype: torch.dtype | None = None, *, name
         raise ValueError(
             f"dgrad {name}: dy {tuple(dy.shape)} and w {tuple(w.shape)} differ in N (dy's columns, w's rows)"
         )
-    out = (widen(dy) @ widen(w)).to(result_dtype(dy, out_dtype))
+    out = multiply(dy, w, result_dtype(dy, out_dtype), transpose=False)
     report(name, "dgrad", dy, w, out)
     return out
 
@@ -54,12 +54,31 @@ def wgrad(dy: Operand, x: Operand, *, into: Tensor | None = None, name: str = ""
     product is added to it, in its precision, and it is returned.
     """
     check_pair("wgrad", dy, x, (ROW_TILE, ROW_TILE), ndim=(2, 2))
-    dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
-    if dy_NM.shape[1] != x_KM.shape[1]:
+    tokens = [operand.shape[1 if isinstance(operand, Quantized) else 0] for operand in (dy, x)]
+    if tokens[0] != tokens[1]:
         raise ValueError(f"wgrad {name}: operands {tuple(dy.shape)} and {tuple(x.shape)} differ in M, the tokens")
-    out = dy_NM @ x_KM.t()
+    if isinstance(dy, Tensor) and isinstance(x, Tensor) and on_tensor_cores(dy):
+        out = torch.mm(dy.t(), x, out_dtype=torch.float32)
+    else:
+        out = _tokens_last(dy) @ _tokens_last(x).t()
     report(name, "wgrad", dy, x, out)
     return out if into is None else into.add_(out)
+
+
+def multiply(rows: Operand, weight: Operand, dtype: torch.dtype, transpose: bool) -> Tensor:
+    """rows [M, A] . weight [A, B] (or [B, A] transposed) -> [M, B], summed in FP32 at least and rounded once."""
+    if isinstance(rows, Tensor) and isinstance(weight, Tensor) and on_tensor_cores(rows):
+        matrix = weight.t() if transpose else weight
+        if dtype == rows.dtype:
+            return torch.mm(rows, matrix)
+        return torch.mm(rows, matrix, out_dtype=torch.float32).to(dtype)
+    wide = widen(weight)
+    return (widen(rows) @ (wide.t() if transpose else wide)).to(dtype)
+
+
+def on_tensor_cores(operand: Tensor) -> bool:
+    """Whether a product takes this operand as it is and sums in FP32."""
+    return operand.device.type == "cuda" and operand.dtype in (torch.bfloat16, torch.float16)
 
 
 def product_reference(a: Quantized, b: Quantized) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.gemm import check_pair, result_dtype, widen
+from kernels.gemm import check_pair, multiply, on_tensor_cores, result_dtype, widen
 from kernels.observe import Operand, report
 from kernels.quantize import BLOCK_TILE, ROW_TILE, Quantized, dequantize_groups
 
@@ -27,7 +27,7 @@ def fprop(
         raise ValueError(
             f"grouped fprop {name}: x {tuple(x.shape)} and w {tuple(w.shape)} differ in K, their last dimension"
         )
-    out = _by_expert(x, w, counts, transpose=True).to(result_dtype(x, out_dtype))
+    out = _by_expert(x, w, counts, result_dtype(x, out_dtype), transpose=True)
     report(name, "fprop", x, w, out)
     return out
 
@@ -42,7 +42,7 @@ def dgrad(
         raise ValueError(
             f"grouped dgrad {name}: dy {tuple(dy.shape)} and w {tuple(w.shape)} differ in N (dy's columns)"
         )
-    out = _by_expert(dy, w, counts, transpose=False).to(result_dtype(dy, out_dtype))
+    out = _by_expert(dy, w, counts, result_dtype(dy, out_dtype), transpose=False)
     report(name, "dgrad", dy, w, out)
     return out
 
@@ -62,6 +62,11 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
             raise ValueError(
                 f"grouped wgrad {name}: called with groups {groups}; the operand is quantised for {operand.counts}"
             )
+    if isinstance(dy, Tensor) and isinstance(x, Tensor) and on_tensor_cores(dy):
+        rows = zip(dy.split(groups), x.split(groups), strict=True)
+        out = torch.stack([torch.mm(a.t(), b, out_dtype=torch.float32) for a, b in rows])
+        report(name, "wgrad", dy, x, out)
+        return out if into is None else into.add_(out)
     dy_NM, x_KM = _tokens_last(dy), _tokens_last(x)
     out = dy_NM.new_empty((len(groups), dy_NM.shape[0], x_KM.shape[0]))
     operands = zip(groups, dy_NM.split(groups, 1), x_KM.t().split(groups), out.unbind(), strict=True)
@@ -74,9 +79,11 @@ def wgrad(dy: Operand, x: Operand, counts: Sequence[int], *, into: Tensor | None
     return out if into is None else into.add_(out)
 
 
-def _by_expert(rows: Operand, weights: Operand, counts: Sequence[int], transpose: bool) -> Tensor:
-    """[M, A] . [E, A, B] (or [E, B, A] transposed) -> [M, B] in the products' precision, each row with its expert's
-    matrix."""
+def _by_expert(rows: Operand, weights: Operand, counts: Sequence[int], dtype: torch.dtype, transpose: bool) -> Tensor:
+    """[M, A] . [E, A, B] (or [E, B, A] transposed) -> [M, B], each row with its expert's matrix."""
+    if isinstance(rows, Tensor) and isinstance(weights, Tensor) and on_tensor_cores(rows):
+        pairs = zip(rows.split([int(count) for count in counts]), weights, strict=True)
+        return torch.cat([multiply(x, weight, dtype, transpose) for x, weight in pairs])
     wide = widen(rows)
     out = wide.new_empty((wide.shape[0], weights.shape[1 if transpose else 2]))
     groups = [int(count) for count in counts]
@@ -84,7 +91,7 @@ def _by_expert(rows: Operand, weights: Operand, counts: Sequence[int], transpose
         if groups[expert]:
             weight = _widen_expert(weights, expert)
             torch.mm(x, weight.t() if transpose else weight, out=y)
-    return out
+    return out.to(dtype)
 
 
 def _widen_expert(weights: Operand, expert: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gemm
+from kernels import gemm, grouped
 from kernels.quantize import Quantized, dequantize, quantize_blocks, quantize_columns, quantize_rows, requantize_columns
 from tests.kernels.oracles import calc_diff
 
@@ -168,3 +168,35 @@ def test_bad_pairs_are_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_tensor_cores_get_plain_operands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which products a GPU is asked for, its `mm` played by a CPU: BF16 operands, never widened, FP32 where FP32 is
+    wanted."""
+    asked: list[tuple[torch.dtype, torch.dtype, torch.dtype | None]] = []
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        asked.append((a.dtype, b.dtype, out_dtype))
+        return (a.double() @ b.double()).to(out_dtype or a.dtype)
+
+    x, w, dy = operands(130, 48, 80)
+    counts, experts = [100, 0, 30], torch.stack((w, -w, w * 3))
+    calls: list[Callable[[], Tensor]] = [
+        lambda: gemm.fprop(x, w),
+        lambda: gemm.fprop(x, w, torch.float32),
+        lambda: gemm.dgrad(dy, w),
+        lambda: gemm.wgrad(dy, x),
+        lambda: grouped.fprop(x, experts, counts),
+        lambda: grouped.dgrad(dy, experts, counts, torch.float32),
+        lambda: grouped.wgrad(dy, x, counts),
+    ]
+    wanted = [call() for call in calls]
+    for module in (gemm, grouped):
+        monkeypatch.setattr(module, "on_tensor_cores", lambda operand: operand.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", mm)
+    for call, expected in zip(calls, wanted, strict=True):
+        found = call()
+        assert found.dtype == expected.dtype and calc_diff(found, expected) < 1e-5
+    half, full = torch.bfloat16, torch.float32
+    kinds = [None, full, None, full, *[None] * 3, *[full] * 3, *[full] * 3]
+    assert asked == [(half, half, kind) for kind in kinds]
