@@ -135,6 +135,8 @@ def install_te(monkeypatch: pytest.MonkeyPatch, available: tuple[bool, str] = (T
 
     def storage(given: dict[str, Any]) -> Storage:
         assert int(given["fp8_dtype"]) == 1 and given["quantizer"] is None
+        # The class takes and ignores any other argument.
+        assert "args" not in given and "kwargs" not in given, given.keys()
         return Storage({key: given.get(key) for key in TE["keys"][f"{STORAGE}.get_metadata"]})
 
     def quantizer(options: dict[str, Any]) -> Any:
