@@ -14,7 +14,7 @@ from kernels.quantize import Quantized, quantize_blocks, quantize_columns, quant
 from tests.kernels.oracles import calc_diff
 
 # (M, N, K): whole tiles, edges of every kind, one row, rows and widths that are no multiples of 128 or of 16 (M).
-SHAPES = [(128, 256, 384), (64, 128, 512), (130, 256, 576), (257, 144, 1024), (1, 48, 80), (37, 576, 128), (0, 64, 96)]
+SHAPES = [(128, 256, 384), (64, 128, 512), (130, 144, 576), (1, 48, 80), (37, 576, 128), (0, 64, 96)]
 COUNTS = [(128, 256), (3, 0, 130, 16), (0, 0, 7), (64, 0), (0, 0)]
 # Rounding of the result alone: the operands are exactly those of the torch module.
 TOLERANCE = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-7}

@@ -16,8 +16,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return install_deep_gemm(monkeypatch, request.param)
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "contiguous"), [(None, False), (torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense_products(
     library: Recorder, shape: tuple[int, int, int], dtype: torch.dtype | None, contiguous: bool
@@ -26,8 +25,7 @@ def test_dense_products(
     assert len(library.named("fp8_gemm_nt")) == (5 if shape[0] else 0)
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize(("dtype", "contiguous"), [(None, False), (torch.float32, True)])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_grouped_products(
     library: Recorder, counts: tuple[int, ...], dtype: torch.dtype | None, contiguous: bool

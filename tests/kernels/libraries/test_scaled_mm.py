@@ -11,8 +11,7 @@ from tests.kernels.libraries.cases import SHAPES, check, dense_products
 from tests.kernels.libraries.fakes import install_scaled_mm
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "contiguous"), [(None, False), (torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], dtype: torch.dtype | None, contiguous: bool

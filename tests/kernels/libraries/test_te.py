@@ -26,16 +26,14 @@ def te(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return install_te(monkeypatch)
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "contiguous"), [(None, False), (torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense_products(te: Recorder, shape: tuple[int, int, int], dtype: torch.dtype | None, contiguous: bool) -> None:
     check(dense_products(te_gemm, shape, dtype, contiguous))
     assert len(te.named("general_gemm")) == (5 if shape[0] else 0)
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize(("dtype", "contiguous"), [(None, False), (torch.float32, True)])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_grouped_products(te: Recorder, counts: tuple[int, ...], dtype: torch.dtype | None, contiguous: bool) -> None:
     check(grouped_products(te_grouped, counts, 144, 256, dtype, contiguous))
