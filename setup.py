@@ -29,7 +29,7 @@ setup(
     extras_require={
         "gpu": ["triton>=3.6"],
         "deepspeed": ["deepspeed"],
-        "te": ["transformer-engine[pytorch]"],
+        "te": ["transformer-engine[pytorch]>=2.20.2,<2.21"],
         "slurm": ["submitit", "hydra-submitit-launcher"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "triton>=3.6"],
     },
