@@ -107,17 +107,6 @@ def _binary(original: Callable[..., Any]) -> Callable[..., Any]:
     return binary_op
 
 
-def _unary(original: Callable[..., Any]) -> Callable[..., Any]:
-    def unary_op(self: Any, argument: Any, op: Any) -> Any:
-        dtype = argument.dtype.scalar
-        if dtype not in BITS_ONLY:
-            return original(self, argument, op)
-        result = np.asarray(op(_wide(argument)), np.float32)
-        return interpreter.TensorHandle(convert(result, tl.float32, dtype), dtype)
-
-    return unary_op
-
-
 def _cast(self: Any, source: Any, target_type: Any) -> Any:
     source_dtype, target = source.dtype.scalar, target_type.scalar
     if tl.bfloat16 in (source_dtype, target):
@@ -130,6 +119,8 @@ def _cast(self: Any, source: Any, target_type: Any) -> Any:
 
 
 def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses BF16: a GPU rounds every partial sum, in an order that no interpreter knows."""
+
     def apply_impl(self: Any, inputs: Any) -> Any:
         if len(inputs) == 1 and inputs[0].dtype.scalar == tl.bfloat16:
             raise TypeError("a reduction of a BF16 tensor: convert it to FP32 first")
@@ -164,10 +155,7 @@ def _patches(hopper_accumulator: bool) -> dict[str, list[tuple[Any, str, Any]]]:
     return {
         "casts": [(interpreter, "_convert_float", convert), (builder, "cast_impl", _cast)],
         "dot": [(builder, "create_dot", _dot(hopper_accumulator))],
-        "arithmetic": [
-            (builder, "binary_op", _binary(builder.binary_op)),
-            (builder, "unary_op", _unary(builder.unary_op)),
-        ],
+        "arithmetic": [(builder, "binary_op", _binary(builder.binary_op))],
         "reductions": [(reduce_ops, "apply_impl", _reduce(reduce_ops.apply_impl))],
         "autotune": [
             (tuner, "run", _autotuned_run),
@@ -176,7 +164,7 @@ def _patches(hopper_accumulator: bool) -> dict[str, list[tuple[Any, str, Any]]]:
     }
 
 
-# Known to be needed in these versions; `test_interpreter.py` tells when one is needed no longer.
+# Triton versions each repair is needed for; `test_interpreter.py` tells when that is no longer so.
 NEEDED_FOR = dict.fromkeys(("casts", "dot", "arithmetic", "reductions", "autotune"), ("3.8", "3.9"))
 
 
@@ -184,8 +172,10 @@ NEEDED_FOR = dict.fromkeys(("casts", "dot", "arithmetic", "reductions", "autotun
 def repaired(hopper_accumulator: bool = False, without: tuple[str, ...] = ()) -> Iterator[None]:
     """The interpreter with all repairs (but those named in `without`), and as it was afterwards.
 
-    hopper_accumulator: FP8 products are added with the tensor core's few bits.
+    hopper_accumulator: FP8 products are added with the tensor core's few bits. ValueError: no repair of such a name.
     """
+    if unknown := sorted(set(without) - set(NEEDED_FOR)):
+        raise ValueError(f"no repair is called {unknown}; there are {sorted(NEEDED_FOR)}")
     chosen = [patch for name, group in _patches(hopper_accumulator).items() if name not in without for patch in group]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in chosen]
     try:
