@@ -145,6 +145,12 @@ def test_dequantisation(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     assert quantize.dequantize(made[1]).stride() == made[1].data.stride()
 
 
+def test_power_of_two_scale_is_kept_when_exact_and_rounded_up_else() -> None:
+    x = torch.zeros(3, 16)
+    x[:, 0] = torch.tensor([448.0 * 0.25, 448.0 * 0.25 * (1 + 2.0**-23), 0.0])
+    assert quantize.quantize_rows(x, True).scale.flatten().tolist() == [0.25, 0.5, 2.0**-108]
+
+
 def test_every_code_has_its_value() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
     q = Quantized(codes, torch.tensor([[1.5], [2.0**-20]]))
