@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,13 @@ class Compiled:
 
 
 def triton_version() -> str:
-    """BuildError: Triton is missing."""
+    """Of the Triton that is imported. BuildError: it is missing."""
     try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
+        import triton
+    except ModuleNotFoundError:
         raise BuildError("triton is not installed: pip install 'triton>=3.6'") from None
+    version: str = triton.__version__
+    return version
 
 
 def require_compiler() -> None:
@@ -81,7 +82,7 @@ def compile_variant(variant: Variant, *, fp_fusion: bool = True) -> Compiled:
             raise BuildError(f"{variant.name}: {_reason(error, errors)}") from error
     return Compiled(
         variant=variant,
-        triton=triton.__version__,
+        triton=triton_version(),
         ptx=kernel.asm["ptx"],
         machine_code=kernel.asm["cubin"],
         assembler_log=printed.getvalue(),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 ENDS = ("EXIT", "RET", "BRA", "JMP", "KILL")
+# A block ends behind these, though what follows is reached.
+CALLS = ("CALL",)
 INDIRECT = ("BRX", "BRXU", "JMX", "JMXU")
 # A loop of nothing else waits for a barrier.
 WAITS = {"SYNCS", "BRA", "NOP", "NANOSLEEP", "YIELD", "WARPSYNC", "BSYNC", "BSSY"}
@@ -93,6 +95,19 @@ def find_loops(instructions: list[Instruction]) -> list[Loop]:
     return sorted(loops, key=lambda loop: (-len(loop.blocks), loop.header))
 
 
+def usual_path(instructions: list[Instruction]) -> list[Instruction]:
+    """What can be reached, without the blocks that call a subroutine: those take the operands of a division next to
+    overflow and underflow, which its few instructions on the spot do not."""
+    blocks, follows = _graph(instructions)
+    rare = {first for first, block in blocks.items() if any(each.name == "CALL" for each in block)}
+    kept, waiting = {min(blocks)}, [min(blocks)]
+    while waiting:
+        new = [first for first in follows[waiting.pop()] if first not in kept | rare]
+        kept.update(new)
+        waiting += new
+    return [instruction for first in sorted(kept) for instruction in blocks[first]]
+
+
 def innermost(loops: list[Loop], *names: str) -> list[Loop]:
     """Loops with an instruction of one of these names that have no such loop inside, in order of their addresses.
 
@@ -118,7 +133,7 @@ def _graph(instructions: list[Instruction]) -> tuple[dict[int, list[Instruction]
             raise ValueError(f"indirect branch at {instruction.address:#x}: its targets are not known")
         if instruction.target is not None:
             starts.add(instruction.target)
-        if instruction.name in ENDS and after is not None:
+        if instruction.name in (*ENDS, *CALLS) and after is not None:
             starts.add(after.address)
     blocks: dict[int, list[Instruction]] = {}
     for instruction in instructions:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from kernels.compiled.build import Compiled
-from kernels.compiled.loops import Instruction, find_loops, innermost, parse
+from kernels.compiled.loops import Instruction, find_loops, innermost, parse, usual_path
 from kernels.compiled.properties import Properties
 
 TENSOR_CORE = ("QGMMA", "HGMMA", "IGMMA")
@@ -130,7 +130,7 @@ def width(instruction: Instruction) -> int:
     return int(found[1]) if found else 32
 
 
-def global_accesses(instructions: list[Instruction] | tuple[Instruction, ...]) -> Counter[int]:
+def global_accesses(instructions: list[Instruction]) -> Counter[int]:
     """Loads and stores of global memory by width in bits; TMA apart."""
     return Counter(width(instruction) for instruction in instructions if instruction.name in GLOBAL)
 
@@ -142,12 +142,14 @@ def atomics(instructions: list[Instruction]) -> int:
 
 def stream(instructions: list[Instruction]) -> tuple[int, int]:
     """(instructions, bytes) of a warp where it moves the most: the innermost loop if it holds most of the kernel's
-    128-bit accesses, or all of the kernel.
+    128-bit accesses, or all of the kernel; without the paths of rare operands.
 
     Only 128-bit accesses count as bytes: a narrow one may read the same address in all lanes.
     """
-    inner = [loop.instructions for loop in innermost(find_loops(instructions), *GLOBAL)]
-    chosen = max(inner, key=lambda each: global_accesses(each)[128], default=tuple(instructions))
-    if 2 * global_accesses(chosen)[128] <= global_accesses(instructions)[128]:
-        chosen = tuple(instructions)
+    usual = usual_path(instructions)
+    loops = [set(loop.instructions) for loop in innermost(find_loops(instructions), *GLOBAL)]
+    parts = [[instruction for instruction in usual if instruction in loop] for loop in loops]
+    chosen = max(parts, key=lambda part: global_accesses(part)[128], default=usual)
+    if 2 * global_accesses(chosen)[128] <= global_accesses(usual)[128]:
+        chosen = usual
     return len(chosen), global_accesses(chosen)[128] * 32 * 16

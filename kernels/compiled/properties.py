@@ -12,7 +12,11 @@ from typing import Any
 
 # What was read of the committed kernels, so that nothing is compiled to choose among them.
 COMMITTED = Path(__file__).parent / "properties.json"
-SOURCES = Path(__file__).parent.parent / "hopper"
+# The kernels, and what compiles and reads them.
+SOURCES = (
+    Path(__file__).parent.parent / "hopper",
+    *(Path(__file__).parent / name for name in ("build.py", "loops.py", "machine_code.py")),
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ class Stored:
     variants: dict[str, Properties]
 
 
-def source_digest(folder: Path = SOURCES) -> str:
-    """SHA-256 over the kernels' sources, names included."""
+def source_digest(sources: Sequence[Path] = SOURCES) -> str:
+    """SHA-256 over Python files and those of folders, names included."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
-        digest.update(path.read_bytes())
+    for source in sources:
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            digest.update(f"{path.relative_to(source.parent).as_posix()}\n".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

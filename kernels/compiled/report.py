@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 all gates passed, 1 not, 64 usage or no compiler here, 73 a file cannot be written."""
     parser = _Parser(prog="python -m kernels gates", description=__doc__)
-    parser.add_argument("--only", metavar="TEXT", help="variants and rows whose name contains it")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", help="variants and rows whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
     parser.add_argument("--write", type=Path, metavar="PATH", help="the table as Markdown")
     parser.add_argument("--properties", type=Path, metavar="PATH", help="what was read of all variants, as JSON")
@@ -52,17 +52,18 @@ def main(arguments: Sequence[str]) -> int:
     from kernels.compiled.expected import EXPECTED
 
     modules = variant_modules()
-    wanted = options.only or ""
-    names = [name for name in variants_of(modules) if wanted in name]
-    rows = [row for row in EXPECTED if wanted in row.name]
+    names = [name for name in variants_of(modules) if _wanted(name, options.only)]
+    rows = [row for row in EXPECTED if _wanted(row.name, options.only)]
     if not names and not rows:
-        parser.error(f"--only {wanted}: no variant and no row has it in its name")
+        parser.error(f"--only {' '.join(options.only)}: no variant and no row has it in its name")
     digest = source_digest()
     with _progress(len(names)) as progress:
         task = progress.add_task("compiling", total=len(names))
         report = check(
             modules, names, rows, triton_version(), jobs=options.jobs, advance=lambda: progress.advance(task)
         )
+    choosable = {name for name in choosable_variants() if _wanted(name, options.only)}
+    report.missing += [f"{name}: no kernel, but its tile can be chosen" for name in sorted(choosable - set(names))]
     _show(report)
     try:
         if options.write is not None:
@@ -74,6 +75,18 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_CANNOT_WRITE
     print(json.dumps(summary(report)))
     return EXIT_FAILED if report.failures or report.missing else 0
+
+
+def _wanted(name: str, only: Sequence[str] | None) -> bool:
+    return only is None or any(text in name for text in only)
+
+
+def choosable_variants() -> list[str]:
+    """Names of the variants of every tile that the chooser can return."""
+    from kernels.compiled.choose import variant_name
+    from kernels.hopper.tile import TILES
+
+    return [variant_name(kind, tile) for kind, tiles in TILES.items() for tile in tiles]
 
 
 def summary(report: Report) -> dict[str, object]:

@@ -60,6 +60,24 @@ COPY = """
         /*0050*/                   EXIT ;
 """
 
+# The quotient of rare operands is made by a subroutine behind the end, and padding follows.
+DIVISION = """
+		Function : division
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   FCHK P0, R4, 448 ;
+        /*0020*/                   FFMA R5, R4, R6, RZ ;
+        /*0030*/              @!P0 BRA 0x70 ;
+        /*0040*/                   MOV R8, 0x60 ;
+        /*0050*/                   CALL.REL.NOINC 0x90 ;
+        /*0060*/                   MOV R5, R9 ;
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   FADD R9, R4, R4 ;
+        /*00a0*/                   RET.REL.NODEC R8 0x0 ;
+        /*00b0*/                   BRA 0xb0;
+        /*00c0*/                   NOP;
+"""
+
 ASSEMBLER = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'plain' for 'sm_90a'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.compiled.loops import find_loops, innermost, parse
+from kernels.compiled.loops import find_loops, innermost, parse, usual_path
 from kernels.compiled.machine_code import (
     MachineCodeError,
     assembler_says,
@@ -15,7 +15,7 @@ from kernels.compiled.machine_code import (
     stream,
     width,
 )
-from tests.kernels.compiled.sass import ASSEMBLER, COPY, NESTED, PLAIN
+from tests.kernels.compiled.sass import ASSEMBLER, COPY, DIVISION, NESTED, PLAIN
 
 
 def test_a_line_is_address_guard_opcode_and_operands() -> None:
@@ -87,8 +87,14 @@ def test_widths() -> None:
 
 def test_the_stream_is_the_loop_that_moves_most_or_the_whole_kernel() -> None:
     assert stream(parse(COPY)) == (4, 2 * 512)
-    # Its loop has narrow accesses only.
-    assert stream(parse(PLAIN)) == (20, 512)
+    # Its loop has narrow accesses only. Of 20 instructions the last is never reached.
+    assert stream(parse(PLAIN)) == (19, 512)
+
+
+def test_the_subroutine_of_rare_operands_is_not_the_usual_path() -> None:
+    instructions = parse(DIVISION)
+    assert [each.address for each in usual_path(instructions)] == [0x0, 0x10, 0x20, 0x30, 0x70, 0x80]
+    assert stream(instructions) == (6, 2 * 512)
 
 
 def test_publishing_a_descriptor_is_no_atomic_sum() -> None:

@@ -48,12 +48,17 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_digest_sees_content_names_and_folders(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("1")
-    first = source_digest(tmp_path)
-    (tmp_path / "a.py").write_text("2")
-    second = source_digest(tmp_path)
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    third = source_digest(tmp_path)
-    assert len({first, second, third}) == 3
-    (tmp_path / "notes.txt").write_text("2")
-    assert source_digest(tmp_path) == third
+    folder, reader = tmp_path / "kernels", tmp_path / "reader.py"
+    folder.mkdir()
+    reader.write_text("1")
+    (folder / "a.py").write_text("1")
+    found = [source_digest((folder, reader))]
+    (folder / "a.py").write_text("2")
+    found.append(source_digest((folder, reader)))
+    (folder / "a.py").rename(folder / "b.py")
+    found.append(source_digest((folder, reader)))
+    reader.write_text("2")
+    found.append(source_digest((folder, reader)))
+    assert len(set(found)) == 4
+    (folder / "notes.txt").write_text("2")
+    assert source_digest((folder, reader)) == found[-1]
