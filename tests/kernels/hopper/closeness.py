@@ -11,7 +11,8 @@ from kernels.quantize import Quantized
 # Codes that may differ, each by one step; scales that may differ by more than FP32 rounding, by a step of BF16.
 SHARE = 1e-4
 BF16_STEP = 2.0**-7
-FP32_ROUNDING = 2.0**-21
+# Of sums that nearly cancel.
+FP32_ROUNDING = 2.0**-17
 
 
 def steps(codes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tests.kernels.oracles import gradients, largest_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # One row, widths of every block and edge tiles, more rows than a program's and than a tile's.
-SHAPES = [(1, 16), (129, 576), (5, 144), (33, 1040), (2, 2112), (3, 7168)]
+SHAPES = [(1, 16), (21, 576), (130, 144), (3, 1040), (2, 7168)]
 EPS = 1e-6
 
 
@@ -64,7 +64,7 @@ def test_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16), (129, 576), (127, 144), (256, 80)])
+@pytest.mark.parametrize("shape", [(1, 16), (129, 576), (127, 80)])
 def test_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, gain = normal(*shape, dtype=dtype), gains(shape[1], dtype)
     columns = norm.rmsnorm_columns(x, gain, EPS)
@@ -74,7 +74,7 @@ def test_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16), (37, 576), (5, 1040), (9, 7168)])
+@pytest.mark.parametrize("shape", [(1, 16), (37, 576), (5, 1040)])
 def test_backward(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, dy, gain = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1), gains(shape[1], dtype)
     expected_dx, expected_dgain = gradients(plain, (x, gain), dy)
