@@ -28,9 +28,7 @@ def readable(matrix: Tensor) -> Tensor:
     aligned = matrix.data_ptr() % ALIGNMENT == 0 and all(stride % ALIGNMENT == 0 for stride in matrix.stride()[:-1])
     if matrix.stride(-1) == 1 and aligned:
         return matrix
-    # Bytes, because torch does not copy FP8 on every device.
-    bits = matrix.view(torch.uint8) if matrix.element_size() == 1 else matrix
-    return bits.clone(memory_format=torch.contiguous_format).view(matrix.dtype)
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def row_scales(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -133,7 +132,6 @@ def quantize_along_tokens(
     power_of_two: bool,
     counts: Sequence[int] | None,
     source: str = "values",
-    dtype: torch.dtype = torch.float32,
     rows_into: Quantized | None = None,
 ) -> Quantized:
     """Every transposed quantisation, see `columns_kernel`. x_MK is `readable`; rows_into takes the 1x128 tiles."""
@@ -162,7 +160,6 @@ def quantize_along_tokens(
             0 if y_scale is None else y_scale.stride(1),
             padded,
             SOURCE=source,
-            ROUND=TRITON_FLOATS[dtype],
             POWER_OF_TWO=power_of_two,
             num_warps=WARPS[columns_kernel],
         )
@@ -207,7 +204,7 @@ def variants() -> list[Variant]:
             found.append(rows_variant(dtype, power_of_two))
             for grouped in (False, True):
                 for both in (False, True):
-                    found.append(columns_variant("values", dtype, tl.float32, power_of_two, grouped, both))
+                    found.append(columns_variant("values", dtype, power_of_two, grouped, both))
         found.append(
             Variant(
                 name=f"quantize blocks {dtype[1:]}",
@@ -221,7 +218,7 @@ def variants() -> list[Variant]:
             found.append(values_variant("tiles", "*fp8e4nv", dtype, row_tile, column_tile))
     for power_of_two in (False, True):
         for grouped in (False, True):
-            found.append(columns_variant("tiles", "*fp8e4nv", tl.float32, power_of_two, grouped, False))
+            found.append(columns_variant("tiles", "*fp8e4nv", power_of_two, grouped, False))
     return found
 
 
@@ -238,9 +235,7 @@ def rows_variant(dtype: str, power_of_two: bool) -> Variant:
     )
 
 
-def columns_variant(
-    source: str, dtype: str, rounded: Any, power_of_two: bool, grouped: bool, both: bool, name: str = ""
-) -> Variant:
+def columns_variant(source: str, dtype: str, power_of_two: bool, grouped: bool, both: bool, name: str = "") -> Variant:
     """A form of `columns_kernel`."""
     pointers = {
         "X": dtype,
@@ -259,7 +254,7 @@ def columns_variant(
         kernel=columns_kernel,
         signature=given | dict.fromkeys(integers, "i32"),
         constants={name: None for name in pointers if name not in given}
-        | {"SOURCE": source, "ROUND": rounded, "POWER_OF_TWO": power_of_two},
+        | {"SOURCE": source, "POWER_OF_TWO": power_of_two},
         aligned=(*given, "K", "x_stride", "ys_stride", "padded"),
         num_warps=WARPS[columns_kernel],
     )

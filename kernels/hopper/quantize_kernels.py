@@ -72,17 +72,16 @@ def tile_rows(TABLE, tile, tiles, M):
 
 
 @triton.jit
-def load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE: tl.constexpr, ROUND: tl.constexpr):
+def load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE: tl.constexpr):
     """FP32 values of X [M, K] at `row` [R, 1] and column block `block`, zero where not `real` [R, 1]. SOURCE: float
-    `values`, or the codes of stored E4M3 `tiles` or `e5m6` with scales S [M, K/128] of any strides, the product rounded
-    to ROUND."""
+    `values`, or the codes of stored E4M3 `tiles` or `e5m6` with scales S [M, K/128] of any strides."""
     row = row.to(tl.int64)
     column = block * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(X + row * x_stride + column, mask=real & (column < K), other=0.0)
     x = code_values(x, SOURCE)
     if SOURCE != "values":
         scale = tl.load(S + row * s_row + block.to(tl.int64) * s_column, mask=real, other=1.0)
-        x = (x * scale).to(ROUND).to(tl.float32)
+        x = x * scale
     return x
 
 
@@ -100,7 +99,7 @@ def rows_kernel(X, Y, S, M, K, x_stride, s_stride, BLOCK_M: tl.constexpr, POWER_
     blocks = tl.cdiv(K, 128)
     block = tl.program_id(0) % blocks
     row = ((tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    x = load_values(X, None, row, block, row < M, K, x_stride, 0, 0, "values", tl.float32)
+    x = load_values(X, None, row, block, row < M, K, x_stride, 0, 0, "values")
     write_rows(x, Y, S, row, block, K, s_stride, row < M, row < s_stride, POWER_OF_TWO)
 
 
@@ -121,7 +120,6 @@ def columns_kernel(
     ys_stride,
     padded,
     SOURCE: tl.constexpr,
-    ROUND: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
     """X [M, K] (see `load_values`) -> codes YT [K, P] and scales YTS [P/128, K] along tokens; if Y is given also codes
@@ -133,12 +131,12 @@ def columns_kernel(
     inside = tl.arange(0, 128)[:, None]
     row, real = first + inside, inside < rows
     if Y is not None:
-        x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE, ROUND)
+        x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE)
         # Without groups the padding of the scales is written too, in whole vectors.
         scale_mask = real if TABLE is not None else row < ys_stride
         write_rows(x, Y, YS, row, block, K, ys_stride, real, scale_mask, POWER_OF_TWO)
     # Found in L1 the second time: kept in registers, it would leave room for one program on a multiprocessor only.
-    x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE, ROUND)
+    x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE)
     write_columns(x, YT, YTS, tile, block, real, K, padded, POWER_OF_TWO)
 
 

@@ -23,6 +23,7 @@ def sample(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     x *= torch.exp2(torch.randint(-28, 3, (rows, columns), generator=generator))
     x *= torch.exp2(torch.randint(-40, 40, (rows, 1), generator=generator))
     x[rows // 2] = 0.0
+    x[0, 3:7] = torch.tensor([2.0**-100, 2.0**-107, -(2.0**-117), 2.0**-130])
     return surrounded(x.to(dtype))
 
 
