@@ -59,6 +59,16 @@ def test_columns_of_stored_codes(shape: tuple[int, int], dtype: torch.dtype, mon
     assert not q.data.view(torch.uint8).as_strided((shape[1], padded), (padded, 1))[:, shape[0] :].any()
 
 
+def test_largest_number_of_a_tile() -> None:
+    # The floats around 65024 times a power of two, where the scale doubles.
+    middle = torch.tensor([65024.0, 65024.0 * 2.0**-60, 65024.0 * 2.0**90]).view(torch.int32).unsqueeze(1)
+    x = torch.zeros(9, 16)
+    x[:, 0] = (middle + torch.tensor([-1, 0, 1], dtype=torch.int32)).view(torch.float32).flatten()
+    q = e5m6.encode(x)
+    assert_same(q, definition.encode(x))
+    assert torch.equal(q.scale.view(3, 3)[:, 1:] / q.scale.view(3, 3)[:, :1], torch.tensor([[1.0, 2.0]] * 3))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_every_code() -> None:
     codes = torch.arange(4096, dtype=torch.int16).view(32, 128)
@@ -91,6 +101,7 @@ def test_non_finite_numbers_poison_their_tile(bad: float) -> None:
     x[1, 5] = bad
     q, expected = e5m6.encode(x), definition.encode(x)
     assert torch.equal(q.scale.isnan(), expected.scale.isnan()) and int(q.scale.isnan().sum()) == 1
+    assert torch.equal(definition.from_codes(q.codes).isnan(), definition.from_codes(expected.codes).isnan())
     assert torch.equal(e5m6.decode(q).isfinite(), definition.decode(expected).isfinite())
     assert torch.equal(e5m6.decode_columns(q).scale.isnan(), definition.decode_columns(expected).scale.isnan())
 
