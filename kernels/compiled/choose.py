@@ -103,13 +103,14 @@ def output_bytes(kind: str) -> int:
 
 @lru_cache(64)
 def ranked(kind: str, num_sms: int, cache: str | Path | None = None) -> tuple[tuple[TileConfig, TileCost], ...]:
-    """The tiles of a kind that pass the gates, and what each costs."""
+    """The tiles of a kind whose every compiled form passes the gates, and what each costs."""
     stored = _committed() if cache is None else current_properties(Path(cache))
     found = []
     for tile in TILES[kind]:
-        properties = stored.variants.get(variant_name(kind, tile))
-        if properties is not None and not gate_failures(properties):
-            found.append((tile, tile_cost(properties, kind, output_bytes(kind), num_sms)))
+        name = variant_name(kind, tile)
+        if name in stored.variants and not gate_failures(name, stored.variants):
+            cost = tile_cost(stored.variants[name], kind, output_bytes(kind), num_sms)
+            found.append((tile, cost))
     if not found:
         raise ValueError(f"no tile of a {kind} passes the gates; `python -m kernels gates` says why")
     return tuple(found)
@@ -117,15 +118,20 @@ def ranked(kind: str, num_sms: int, cache: str | Path | None = None) -> tuple[tu
 
 def variant_name(kind: str, tile: TileConfig) -> str:
     """Of the compiled form that stands for this product and tile: BF16 results, or FP32 that is added to."""
-    return f"{kind} {tile.name}" + (" accumulate" if kind in (WGRAD, GROUPED_WGRAD) else "")
+    return f"gemm {kind} {tile.name}" + (" accumulate" if kind in (WGRAD, GROUPED_WGRAD) else "")
 
 
-def gate_failures(properties: Properties) -> list[str]:
-    """Why a compiled variant may not be chosen."""
-    row = next((row for row in EXPECTED if row.name == properties.name), None)
-    if row is None:
-        return [f"{properties.name}: no row in the expected list"]
-    return [str(failure) for failure in held_against(row, properties)]
+def gate_failures(name: str, variants: dict[str, Properties]) -> list[str]:
+    """Why a tile may not be chosen: of the form `name` and of all others of its product and tile."""
+    base = name.removesuffix(" accumulate")
+    rows = [row for row in EXPECTED if row.name == base or row.name.startswith(f"{base} ")]
+    failures = [] if any(row.name == name for row in rows) else [f"{name}: no row in the expected list"]
+    for row in rows:
+        if row.name not in variants:
+            failures.append(f"{row.name}: not compiled")
+        else:
+            failures += [str(failure) for failure in held_against(row, variants[row.name])]
+    return failures
 
 
 @lru_cache(1)
@@ -147,9 +153,8 @@ def current_properties(cache: Path) -> Stored:
     if not path.exists():
         require_compiler()
         modules = variant_modules()
-        names = sorted({variant_name(kind, tile) for kind, tiles in TILES.items() for tile in tiles})
-        rows = [row for row in EXPECTED if row.name in names]
-        report = check(modules, names, rows, triton, jobs=min(os.cpu_count() or 1, 8))
+        rows = [row for row in EXPECTED if row.name.startswith("gemm ")]
+        report = check(modules, [row.name for row in rows], rows, triton, jobs=min(os.cpu_count() or 1, 8))
         cache.mkdir(parents=True, exist_ok=True)
         write_properties(path, list(report.read.values()), triton, digest)
     return load_properties(path)

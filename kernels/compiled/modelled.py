@@ -33,7 +33,9 @@ from kernels.hopper.tile import GROUPED_WGRAD, WGRAD, TileConfig
 
 # All SMs, and what V3 leaves to computation beside its communication (section 3.2.2).
 ALL_SMS, COMPUTING_SMS = 132, 112
+# Of DeepGEMM; groups are aligned to 128 rows.
 FORWARD_TILES = ((128, 128), (128, 160), (256, 128))
+GROUPED_TILES = ((128, 128), (128, 160))
 WEIGHT_GRADIENT_TILES = ((128, 152),)
 
 
@@ -79,9 +81,10 @@ def model(shape: Shape, sms: Sequence[int] = (ALL_SMS, COMPUTING_SMS)) -> Modell
         tiles[count] = tile
         costs[count] = dict(ranked(problem.kind, count))[tile].of(problem)
     gradient = problem.kind in (WGRAD, GROUPED_WGRAD)
+    forward = GROUPED_TILES if shape.counts else FORWARD_TILES
     theirs = max(
         estimate(deep_gemm(tile, gradient), problem, multicast=MULTICAST).tflops
-        for tile in (WEIGHT_GRADIENT_TILES if gradient else FORWARD_TILES)
+        for tile in (WEIGHT_GRADIENT_TILES if gradient else forward)
     )
     return Modelled(shape, tiles, costs, theirs)
 
@@ -213,9 +216,9 @@ and at least the bytes of operands and results over HBM's {machine.hbm_tb_s} TB/
 each element of its result: FP32 is read, added to and written. A K block (128 of the depth) takes the longest of
 
 - `tensor`: rows * columns * 128 / {machine.products_per_clock} clocks;
-- `promote`, specialised: a consumer's own products, its instructions * {machine.issue_clocks}, and its wait for scales,
-  {machine.l2_clocks:.0f} clocks less what it promotes between two products; at least one clock an instruction for all
-  consumers together;
+- `promote`, specialised: a consumer's own products, its instructions * {machine.issue_clocks}, and where the scales
+  make one factor its wait for them, {machine.l2_clocks:.0f} clocks less what it promotes between two products; at least
+  one clock an instruction for all consumers together;
 - `promote`, plain: all products, then instructions * {machine.issue_clocks}, less what a second product covers of the
   first one's promotion;
 - `l2`: the bytes of both tiles and of their scales over {machine.l2_tb_s} TB/s / SMs, at most

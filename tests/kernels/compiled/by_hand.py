@@ -43,6 +43,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> dict[str, Properties]:
         found.name: found for kind, tiles in TILES.items() for found in (properties(kind, tile) for tile in tiles)
     }
     monkeypatch.setattr(module, "_committed", lambda: Stored("3.9.0", "digest", variants))
-    monkeypatch.setattr(module, "gate_failures", lambda found: ["spills"] if found.spill_bytes else [])
+    monkeypatch.setattr(module, "gate_failures", lambda name, known: ["spills"] if known[name].spill_bytes else [])
     forget()
     return variants

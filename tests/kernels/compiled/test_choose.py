@@ -14,6 +14,7 @@ from kernels.compiled import choose as module
 from kernels.compiled.build import BuildError
 from kernels.compiled.choose import Entry, choose, ranked, variant_name, write_measured
 from kernels.compiled.cost import Problem, estimate
+from kernels.compiled.expected import EXPECTED
 from kernels.compiled.gates import variant_modules, variants_of
 from kernels.compiled.modelled import model, modelled_shapes, training_bounds
 from kernels.compiled.properties import COMMITTED, Properties, load_properties
@@ -69,6 +70,26 @@ def test_kernels_that_fail_a_gate_are_not_chosen(stored) -> None:
     forget()
     with pytest.raises(ValueError, match="no tile of a fprop passes the gates; `python -m kernels gates` says why"):
         choose(FPROP, 16384, 7168, 16384)
+
+
+def test_a_tile_needs_all_its_forms() -> None:
+    """Results in FP32, scales in another order: a product may run any of them."""
+    (row, *_) = [row for row in EXPECTED if row.name == variant_name(FPROP, WS_192)]
+    committed = load_properties(COMMITTED).variants
+    assert not module.gate_failures(row.name, committed)
+    forms = [name for name in committed if name.startswith(f"{row.name} ")]
+    assert len(forms) >= 2
+    for name in [row.name, *forms]:
+        spilling = {**committed, name: replace(committed[name], spill_bytes=8)}
+        assert module.gate_failures(row.name, spilling) == [f"{name}: spills: 8 bytes; allowed: 0"]
+        missing = {other: found for other, found in committed.items() if other != name}
+        assert module.gate_failures(row.name, missing) == [f"{name}: not compiled"]
+    assert module.gate_failures("gemm fprop ws 64x64", committed) == [
+        "gemm fprop ws 64x64: no row in the expected list"
+    ]
+    accumulating = variant_name(WGRAD, WS_128)
+    spilling = {**committed, accumulating: replace(committed[accumulating], spill_bytes=8)}
+    assert len(module.gate_failures(accumulating, spilling)) == 1
 
 
 def test_slower_code_changes_the_choice(stored) -> None:
@@ -162,7 +183,7 @@ def test_other_sources_are_compiled_into_the_cache_and_read_from_there(
     monkeypatch.setattr(module, "check", check)
     monkeypatch.setattr("kernels.compiled.build.require_compiler", lambda: None)
     assert choose(FPROP, 16384, 7168, 16384, cache=tmp_path) == WS_128
-    assert set(asked) == {variant_name(kind, tile) for kind, tiles in TILES.items() for tile in tiles}
+    assert asked == [row.name for row in EXPECTED if row.name.startswith("gemm ")]
     assert [path.name for path in tmp_path.iterdir()] == ["kernels-3.9.0-0123456789abcdef.json"]
     forget()
     asked.clear()
