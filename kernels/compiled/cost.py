@@ -233,8 +233,8 @@ def _clocks(properties: Properties, machine: Machine) -> tuple[float, float]:
         issue = others * max(machine.issue_clocks, properties.warps / 4)
         hidden = min(early * machine.issue_clocks, tensor * (parts - 1) / parts)
         return tensor, tensor + issue - hidden
-    # Where the scales make one factor, a consumer multiplies them before its last product begins and waits for them, less
-    # what it promotes meanwhile. Where each promotes on its own (FMUL and FFMA), they arrive under the product.
+    # Where the scales make one factor, a consumer multiplies them before its last product begins and waits for them,
+    # less what it promotes meanwhile. Where each promotes on its own (FMUL and FFMA), they arrive under the product.
     one_factor = 2 * loop.get("FMUL", 0) < loop.get("FFMA", 0)
     waited = max(0.0, machine.l2_clocks - early * machine.issue_clocks) if loop.get("LDG") and one_factor else 0.0
     turn = tensor / properties.consumers + waited + others * machine.issue_clocks
