@@ -20,19 +20,25 @@ from data.contract import IGNORE
 from data.manifest import load_manifest
 from data.stream import open_stream
 from parallel.config import ParallelConfig
+from train.checkpoint import Checkpoint, save_checkpoint
+from train.checkpoint_format import step_name
 from train.compose import compose_run
 from train.config import RunConfig
 from train.engine import Engine, StepPlan
 from train.errors import CannotWriteError, ConfigError
+from train.run_checkpoints import restore
 
 # The recipe's name here and in `fp8_variants.FORMATS`; BF16 has no quantiser.
 VARIANTS = {"bf16": None, "fp8": "recipe", "e4m1": "e4m1", "per_tensor": "per_tensor"}
+# The run in BF16 that every variant of its seed goes on from.
+START = "start"
 WARM_UP, LAST_RATE, BIAS_UPDATE = 0.05, 0.02, 0.003
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed. tokens: of a step; length: of a sequence; rate: the largest learning rate.
+    """One variant with one seed. tokens: of a step; length: of a sequence; rate: the largest learning rate. start:
+    steps of the run in BF16 that it goes on from, weights and moments and data; 0: from fresh weights.
 
     Runs of one seed start from the same weights and read the same data in the same order.
     """
@@ -44,6 +50,7 @@ class Run:
     tokens: int
     length: int
     rate: float
+    start: int = 0
     overrides: tuple[str, ...] = ()
 
     @property
@@ -72,32 +79,44 @@ class Finished:
     seconds: float
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear over the first twentieth, then half a cosine to a fiftieth of `peak`; `step` counts from 0."""
-    warm = max(1, round(WARM_UP * steps))
+def learning_rate(run: Run, step: int) -> float:
+    """Linear over the first twentieth of fresh weights, then half a cosine to a fiftieth of the run's rate, at which a
+    start stays instead; `step` counts from 0."""
+    steps, peak = run.steps, run.rate
+    warm = 0 if run.start else max(1, round(WARM_UP * steps))
     if step < warm:
         return peak * (step + 1) / warm
+    if run.variant == START:
+        return peak
     turn = math.pi * (step - warm) / max(1, steps - warm)
     return peak * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(turn)))
 
 
-def train(run: Run) -> Iterator[tuple[float, np.ndarray]]:
-    """(loss, labels) of every step. Raises ConfigError, DataError."""
-    config, form = run.config(), VARIANTS[run.variant]
+def train(run: Run, folder: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """(loss, labels) of every step. `folder` holds the starts. Raises ConfigError, DataError."""
+    config, form = run.config(), VARIANTS.get(run.variant)
     stream = open_stream(run.corpus, run.length, mtp_depth=config.model.mtp_depth, seed=run.seed, stage="study")
     sources, sequences = len(stream.source_names), run.tokens // run.length
     engine = Engine(config.model, ParallelConfig(), config.optimizer, torch.bfloat16, form is not None, 0, sources)
     engine.initialize(run.seed)
+    starts = folder / f"{START}-seed{run.seed}"
+    if run.start:
+        restore(Checkpoint(starts / step_name(run.start)), engine, config.optimizer)
+        engine.optimizer.updates = run.start
+        engine.ops.new_step()
     with quantised_as(form) if form else nullcontext():
         for step in range(run.steps):
-            first = step * sequences
+            first = (run.start + step) * sequences
             order = engine.sample_order(first, sequences, sequences)
             batches = {key: stream.read(chosen) for key, chosen in order.items()}
-            rate = learning_rate(step, run.steps, run.rate)
+            rate = learning_rate(run, step)
             balance = config.stages[0].balance
             plan = StepPlan(stream.counts(first, sequences), rate, 0.0, balance, BIAS_UPDATE)
             labels = np.concatenate([batch.labels.ravel() for batch in batches.values()])
             yield engine.step(batches, 1, plan).main, labels[labels != IGNORE]
+    if run.variant == START:
+        optimizer, biases = engine.optimizer, dict(engine.owned_biases())
+        save_checkpoint(starts, run.steps, optimizer.shards(), optimizer.shapes(), biases, {})
 
 
 def save(run: Run, folder: Path) -> Iterator[float]:
@@ -109,7 +128,7 @@ def save(run: Run, folder: Path) -> Iterator[float]:
     try:
         with part.open("w", encoding="utf-8") as file:
             print(json.dumps({"settings": run.settings()}), file=file, flush=True)
-            for step, (loss, labels) in enumerate(train(run), 1):
+            for step, (loss, labels) in enumerate(train(run, folder), 1):
                 now = time.perf_counter()
                 seen.append(labels)
                 seconds.append(now - start)

@@ -1,12 +1,14 @@
 """FP8 beside BF16 over a training: does the recipe cost loss, and could this study tell?
 
-    python benchmarks/fp8_study.py --out DIR [--steps 1000] [--seeds 3] [--tokens 512] [--jobs 2]
+    python benchmarks/fp8_study.py --out DIR [--start 600] [--steps 1000] [--seeds 3] [--tokens 256] [--jobs 2]
     python benchmarks/fp8_study.py --out DIR --report          # starts nothing: judges the runs that are finished
 
 Trains `conf/model/study.yaml` in four variants and several seeds. A seed chooses weights and data order, the same for
-all variants. bf16; fp8, the recipe; e4m1, a control: the recipe with operands of one mantissa bit; per_tensor, E4M3
-with one scale per tensor (benchmarks/fp8_variants.py). Losses are smoothed as in DeepSeek-V3's figure 10 (moving
-average, decay 0.9); the figure of merit is (variant - BF16) / BF16 averaged over the last fifth of the steps, by seed.
+all variants. They go on from a common start in BF16: over the first steps of fresh weights the losses of two runs
+part by chance by more than the variants do. bf16; fp8, the recipe; e4m1, a control: the recipe with operands of one
+mantissa bit; per_tensor, E4M3 with one scale per tensor (benchmarks/fp8_variants.py). Losses are smoothed as in
+DeepSeek-V3's figure 10 (moving average, decay 0.9); the figure of merit is (variant - BF16) / BF16 averaged over the
+last fifth of the steps, by seed.
 
 - The recipe's mean over seeds is to lie within 0.25 %.
 - The control separates when its mean and the recipe's are further apart than twice the standard deviation over seeds,
@@ -37,10 +39,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.fp8_figures import BASE, TARGET, Losses, Verdict, draw, judge, last_mean, smooth
-from benchmarks.fp8_run import VARIANTS, Finished, Run, load, save
+from benchmarks.fp8_figures import BASE, CONTROL, RECIPE, TARGET, Losses, Verdict, draw, judge, last_mean, smooth
+from benchmarks.fp8_run import START, VARIANTS, Finished, Run, load, save
 from data.errors import DataError
 from train.errors import AgreedError, CannotWriteError, ConfigError, RunError
+
+JUDGED = {BASE, RECIPE, CONTROL}
 
 
 def work(run: Run, folder: Path, out: Connection) -> None:
@@ -125,14 +129,14 @@ def bars(runs: list[Run], console: Console) -> Iterator[Progress]:
 
 
 def by_variant(found: dict[Run, Finished]) -> Losses:
-    """Losses of the seeds that every variant has finished."""
+    """Losses of the seeds that BF16, the recipe and the control have finished."""
     seeds = sorted({run.seed for run in found})
-    whole = [seed for seed in seeds if len([run for run in found if run.seed == seed]) == len(VARIANTS)]
+    whole = [seed for seed in seeds if JUDGED <= {run.variant for run in found if run.seed == seed}]
     losses: dict[str, dict[int, list[float]]] = {variant: {} for variant in VARIANTS}
     for run, finished in found.items():
         if run.seed in whole:
             losses[run.variant][run.seed] = finished.losses
-    return losses
+    return {variant: by_seed for variant, by_seed in losses.items() if by_seed}
 
 
 def table(losses: Losses, verdict: Verdict) -> Table:
@@ -141,7 +145,8 @@ def table(losses: Losses, verdict: Verdict) -> Table:
         final = sum(last_mean(smooth(values)) for values in runs.values()) / len(runs)
         row = [variant, f"{final:.4f}"]
         if variant != BASE:
-            row += [f"{100 * value:+.3f}" for value in verdict.differences[variant].values()]
+            found = verdict.differences[variant]
+            row += [f"{100 * found[seed]:+.3f}" if seed in found else "" for seed in losses[BASE]]
             row += [f"{100 * verdict.mean[variant]:+.3f}", f"{100 * verdict.spread[variant]:.3f}"]
         out.add_row(*row)
     return out
@@ -157,6 +162,7 @@ def summary(found: dict[Run, Finished], losses: Losses, verdict: Verdict, given:
         return None if math.isnan(value) else value
 
     return {
+        "start_steps": given.start,
         "steps": given.steps,
         "tokens_per_step": given.tokens,
         "seeds": list(losses[BASE]),
@@ -180,19 +186,26 @@ def summary(found: dict[Run, Finished], losses: Losses, verdict: Verdict, given:
 
 def study(given: argparse.Namespace, console: Console) -> int:
     """Exit code. Raises RunError, DataError."""
-    folder, rest = Path(given.out), (given.corpus, given.steps, given.tokens, given.length, given.rate)
-    runs = [Run(v, seed, *rest, tuple(given.overrides)) for seed in range(1, given.seeds + 1) for v in VARIANTS]
+    folder, settings, seeds = Path(given.out), tuple(given.overrides), range(1, given.seeds + 1)
+
+    def run(variant: str, seed: int, steps: int, rate: float, start: int) -> Run:
+        return Run(variant, seed, given.corpus, steps, given.tokens, given.length, rate, start, settings)
+
+    starts = [run(START, seed, given.start, given.start_rate, 0) for seed in seeds if given.start]
+    # What the verdict needs comes first.
+    order = sorted(((seed, v) for seed in seeds for v in VARIANTS), key=lambda pair: pair[1] not in JUDGED)
+    runs = [run(v, seed, given.steps, given.rate, given.start) for seed, v in order]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWriteError(f"{folder}: {error.strerror}") from None
-    unfinished = [run for run in runs if load(run, folder) is None]
-    if unfinished and not given.report:
-        carry_out(unfinished, folder, given.jobs, console)
+    unfinished = [[run for run in group if load(run, folder) is None] for group in (starts, runs)]
+    for group in unfinished if not given.report else []:
+        carry_out(group, folder, given.jobs, console)
     found = {run: finished for run in runs if (finished := load(run, folder)) is not None}
     losses = by_variant(found)
-    if not losses[BASE]:
-        raise ConfigError(f"{folder}: no seed has all of {', '.join(VARIANTS)} finished; run it without --report")
+    if BASE not in losses:
+        raise ConfigError(f"{folder}: no seed has all of {', '.join(sorted(JUDGED))} finished; run it without --report")
     found = {run: finished for run, finished in found.items() if run.seed in losses[BASE]}
     verdict = judge(losses)
     draw(losses, given.tokens, Path(given.image))
@@ -208,16 +221,23 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="directory of the losses; finished runs in it are kept")
     parser.add_argument("--corpus", default="data_cache/demo", help="directory of a built corpus")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--start", type=int, default=600, help="steps in BF16 that all variants of a seed go on from")
+    parser.add_argument("--start-rate", type=float, default=1e-3, help="learning rate of these")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 1")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a step")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing; judge the finished runs")
     parser.add_argument("--image", default="fp8_study.png")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     given = parser.parse_args()
-    if min(given.steps, given.length, given.seeds, given.jobs) < 1 or given.tokens < 1 or given.tokens % given.length:
+    if (
+        given.start < 0
+        or min(given.steps, given.length, given.seeds, given.jobs) < 1
+        or given.tokens < 1
+        or given.tokens % given.length
+    ):
         parser.exit(64, "fp8_study: --steps, --seeds, --jobs 1 or more, --tokens a multiple of --length\n")
     try:
         code = study(given, Console())
