@@ -154,6 +154,16 @@ def test_time_by_hand() -> None:
     assert tile_cost(loads, WGRAD, 2, machine=plain).block_us["promote"] == pytest.approx(0.456)
 
 
+def test_a_scheduler_issues_one_instruction_a_clock() -> None:
+    """Four of them: 16 warps in step are four a scheduler, two consumers are two."""
+    fast = replace(H800, issue_clocks=0.5, clock_ghz=1.0)
+    loop = {"QGMMA": 4, "FFMA": 700, "IMAD": 300}
+    serial = tile_cost(code((128, 128), loop, specialised=False, warps=16), FPROP, 2, machine=fast)
+    assert serial.block_us["promote"] == pytest.approx(0.512 + 4.0)
+    consumers = tile_cost(code((128, 128), loop, specialised=True), FPROP, 2, machine=fast)
+    assert consumers.block_us["promote"] == pytest.approx(2.0)
+
+
 def test_fewer_sms_take_more_waves_but_each_gets_more_of_l2() -> None:
     problem = Problem(FPROP, 16384, 7168, 16384)
     all_sms, some = (estimate(SPECIALISED_192, problem, sms) for sms in (132, 112))
