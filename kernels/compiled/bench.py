@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
             write_text(options.document, markdown())
         reason = no_gpu()
         if reason is None:
+            if options.write is not None:
+                write_measured(options.write, [])  # before minutes of measuring, not after
             bench = gpu_bench(options.num_sms, options.measured)
             return measured(bench, options, deepseek_shapes(), correctness_shapes(), streams())
         if options.write is not None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -169,18 +168,20 @@ def device_name() -> str:
 @lru_cache(8)
 def load_measured(path: str | Path, device: str) -> dict[tuple[str, int, int, int, int, int], str]:
     """Tile names by product, of one device. ValueError: unreadable, or not what `write_measured` wrote."""
+    return {each.product: each.tile for each in read_entries(Path(path)) if each.device == device}
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """ValueError: unreadable, or not what `write_measured` wrote."""
     try:
-        entries = [Entry(**each) for each in json.loads(Path(path).read_text(encoding="utf-8"))["entries"]]
+        return [Entry(**each) for each in json.loads(path.read_text(encoding="utf-8"))["entries"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no table of measured tiles: {type(error).__name__}: {error}") from None
-    return {each.product: each.tile for each in entries if each.device == device}
 
 
 def write_measured(path: Path, entries: list[Entry]) -> None:
     """Whole or not at all. Entries of the same product on the same device are replaced, others of the file kept.
     OSError: it cannot be written. ValueError: what is there is no such table."""
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    found = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
-    for each in [*(Entry(**one) for one in found), *entries]:
-        kept[(each.device, *each.product)] = each.__dict__
-    write_text(path, json.dumps({"entries": list(kept.values())}, indent=1) + "\n")
+    kept = read_entries(path) if path.exists() else []
+    found = {(each.device, *each.product): asdict(each) for each in [*kept, *entries]}
+    write_text(path, json.dumps({"entries": list(found.values())}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from kernels import e5m6, gemm, quantize
 from kernels.compiled import bench as module
 from kernels.compiled.bench import main, measured
 from kernels.compiled.choose import choose, ranked, variant_name
-from kernels.compiled.measure import DEFINITION, Backend, Bench, calc_diff, plain_product
+from kernels.compiled.measure import DEFINITION, Backend, Bench, GpuTimer, calc_diff, plain_product
 from kernels.compiled.modelled import markdown
 from kernels.compiled.properties import Properties
 from kernels.compiled.shapes import Shape, _shape, correctness_shapes, deepseek_shapes
@@ -340,3 +340,60 @@ def test_gpu_bench_names_every_library(monkeypatch: pytest.MonkeyPatch, capsys: 
     said = capsys.readouterr().err
     assert "not measured: torch.nn.functional.scaled_mm needs" in said and "not measured: DeepGEMM needs" in said
     assert not bench.others and bench.num_sms == 112 and bench.ours.takes_tile
+
+
+def test_main_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All of the command but the device: lists, options, table of tiles, exit codes."""
+    asked = []
+
+    def gpu_bench(num_sms: int, table: str | None) -> Bench:
+        asked.append((num_sms, table))
+        return torch_bench(num_sms=num_sms, measured=table)
+
+    monkeypatch.setattr(module, "no_gpu", lambda: None)
+    monkeypatch.setattr(module, "gpu_bench", gpu_bench)
+    monkeypatch.setattr(module, "deepseek_shapes", lambda: TINY[:2])
+    monkeypatch.setattr(module, "correctness_shapes", lambda: TINY[2:3])
+    monkeypatch.setattr(module, "streams", lambda: small_streams("kernels")[:1])
+    path = str(tmp_path / "tiles.json")
+    assert main(["--num-sms", "112", "--seeds", "1", "--write", path]) == 0
+    assert [each["num_sms"] for each in json.loads(Path(path).read_text())["entries"]] == [112, 112]
+    assert main(["--measured", path, "--only", "dense"]) == 0
+    assert asked == [(112, None), (132, path)]
+    assert [each["label"] for each in last_line(capsys)["rates"]] == ["fprop 33x48x160", "dgrad 33x160x48"]
+    # A table that cannot be written or added to is refused before anything is measured.
+    asked.clear()
+    assert main(["--write", str(tmp_path / "none" / "tiles.json")]) == 73
+    Path(path).write_text("[]")
+    assert main(["--write", path]) == 65
+    assert not asked and Path(path).read_text() == "[]"
+    forget()
+    assert main(["--measured", path]) == 65
+    assert capsys.readouterr().err.count("tiles.json: no table of measured tiles: TypeError") == 2
+    monkeypatch.setattr(module, "gpu_bench", lambda *_: torch_bench(ours=Backend("ours", spoiled(1.01, "wgrad"))))
+    assert main([]) == 1
+
+
+def test_timer_flushes_l2_and_takes_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    times = iter([3.0, 1.0, 2.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def elapsed_time(self, after: Event) -> float:
+            done.append("read")
+            return next(times)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    timer = GpuTimer(CPU, repeats=3, warm_up=2, flush_bytes=8)
+    timer._flush = SimpleNamespace(zero_=lambda: done.append("flush"))
+    assert timer(lambda: done.append("call")) == pytest.approx(2e-3)
+    run = ["flush", "record", "call", "record"]
+    assert done == ["call", "call", *run, *run, *run, "wait", "read", "read", "read"]
+    assert GpuTimer(CPU).flush_bytes >= 2 * 50 * 2**20  # twice an H100's L2
