@@ -28,6 +28,7 @@ SHARED_LIMIT = 232448
 # TFLOPS. Its four schedulers issue one instruction of one warp each.
 MEMORY_BYTES_PER_CLOCK = 3.35e12 / 132 / 1.83e9
 SCHEDULERS = 4
+WIDE_BYTES = 512  # of a warp's 128-bit access
 # What a change of layout through shared memory is made of, and spills.
 CONVERSIONS = ("STS", "LDS", "LDSM", "STSM", "MOVM", "PRMT", "LDL", "STL")
 
@@ -184,7 +185,7 @@ def _promotion(loop: dict[str, int]) -> str:
 def _stream_checks(row: Stream, found: Properties) -> list[Check]:
     narrow = {width: count for width, count in found.global_accesses.items() if width != 128}
     fits = all(count <= row.narrow.get(width, 0) for width, count in narrow.items())
-    issue, memory = issue_clocks(found), memory_clocks(found)
+    issue, memory = issue_clocks(found), memory_clocks(found, row)
     return [
         ("wide accesses", found.global_accesses.get(128, 0) > 0, found.global_accesses, "some of 128 bits"),
         ("narrow accesses", fits, narrow, f"up to {row.narrow} by bits"),
@@ -198,9 +199,9 @@ def issue_clocks(found: Properties) -> float:
     return found.stream_instructions / SCHEDULERS
 
 
-def memory_clocks(found: Properties) -> float:
+def memory_clocks(found: Properties, row: Stream) -> float:
     """Of an SM for the bytes of one warp at the same place, at the memory's peak."""
-    return found.stream_bytes / MEMORY_BYTES_PER_CLOCK
+    return (found.stream_bytes - WIDE_BYTES * row.reread) / MEMORY_BYTES_PER_CLOCK
 
 
 def _of(counts: dict[str, int], names: Sequence[str]) -> dict[str, int]:

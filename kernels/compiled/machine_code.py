@@ -64,7 +64,7 @@ def properties(compiled: Compiled) -> Properties:
         shared_bytes=compiled.shared_bytes,
         registers=registers,
         spill_bytes=spill_bytes,
-        tensor_core=" + ".join(sorted(forms, reverse=True)) or None,
+        tensor_core=" + ".join(sorted(forms)) or None,
         consumers=consumers,
         accumulators=max((accumulators for _, accumulators in loops), default=0),
         setmaxnreg=setmaxnreg,

@@ -17,7 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kernels.compiled.build import BuildError, require_compiler, triton_version
-from kernels.compiled.gates import Report, check, issue_clocks, memory_clocks, variant_modules, variants_of
+from kernels.compiled.expected import EXPECTED, Stream
+from kernels.compiled.gates import (
+    Report,
+    check,
+    held_against,
+    issue_clocks,
+    memory_clocks,
+    variant_modules,
+    variants_of,
+)
 from kernels.compiled.properties import Properties, source_digest, write_properties, write_text
 
 EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_WRITE = 1, 64, 73
@@ -49,8 +58,6 @@ def main(arguments: Sequence[str]) -> int:
         require_compiler()
     except BuildError as error:
         parser.error(str(error))
-    from kernels.compiled.expected import EXPECTED
-
     modules = variant_modules()
     names = [name for name in variants_of(modules) if _wanted(name, options.only)]
     rows = [row for row in EXPECTED if _wanted(row.name, options.only)]
@@ -112,7 +119,9 @@ def product_cells(each: Properties) -> tuple[str, ...]:
 def stream_cells(each: Properties) -> tuple[str, ...]:
     narrow = ", ".join(f"{count}x{width}" for width, count in each.global_accesses.items() if width != 128)
     wide = str(each.global_accesses.get(128, 0))
-    return (*_common(each), wide, narrow or "-", f"{issue_clocks(each):.0f}", f"{memory_clocks(each):.0f}")
+    row = next((row for row in EXPECTED if row.name == each.name and isinstance(row, Stream)), None)
+    memory = "-" if row is None else f"{memory_clocks(each, row):.0f}"
+    return (*_common(each), wide, narrow or "-", f"{issue_clocks(each):.0f}", memory)
 
 
 def _common(each: Properties) -> tuple[str, ...]:
@@ -135,12 +144,20 @@ def _show(report: Report) -> None:
         console.print(escape(line), soft_wrap=True)
 
 
+def verdict(each: Properties) -> str:
+    row = next((row for row in EXPECTED if row.name == each.name), None)
+    if row is None:
+        return "no row"
+    return ", ".join(f"failed: {failure.gate}" for failure in held_against(row, each)) or "passed"
+
+
 def markdown(found: list[Properties], triton: str) -> str:
     """The committed table; of what was read alone, so that it can be compared with the stored properties."""
     text = [INTRODUCTION.format(triton=triton, variants=len(found)).strip()]
     for part in _parts(found):
-        align = tuple("---" if column in TEXT_COLUMNS else "---:" for column in part.columns)
-        lines = [part.columns, align, *map(part.cells, part.found)]
+        columns = (*part.columns, "gates")
+        align = tuple("---" if column in TEXT_COLUMNS else "---:" for column in columns)
+        lines = [columns, align, *((*part.cells(each), verdict(each)) for each in part.found)]
         text.append(f"## {part.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(text) + "\n"
 
