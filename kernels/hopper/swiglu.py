@@ -23,7 +23,7 @@ from kernels.quantize import WIDTH_MULTIPLE, Quantized, check_counts, check_row_
 from kernels.tiles import TILE, tile_count
 
 ROW_BLOCK = 32
-# 16 warps where both layouts of both gradients are in flight.
+# With 8 warps the last one has no register left, and with some arguments spills.
 WARPS = {rows_kernel: 4, columns_kernel: 8, gradient_kernel: 4, gradient_tiles_kernel: 16}
 E4M3 = torch.float8_e4m3fn
 
@@ -85,7 +85,7 @@ def swiglu_backward_tiles(
     dy: Tensor, kept: Quantized, row_weight_M: Tensor | None = None, counts: Sequence[int] | None = None
 ) -> tuple[Quantized, Quantized, Tensor | None]:
     """dy [M, F] -> (dgate_up's 1x128 tiles [M, 2F], the same along tokens [2F, M] or [2F, P], drow_weight [M]), of one
-    read of dy and the FP8 cache where 128 divides F."""
+    read of dy and the FP8 cache where 128 divides F (dgate and dup take turns at what is then in L2)."""
     if dy.dtype not in FLOATS:
         return definition.swiglu_backward_tiles(dy, kept, row_weight_M, counts)
     rows, features = _shape(kept, row_weight_M, "swiglu_backward_tiles", dy)
@@ -97,7 +97,7 @@ def swiglu_backward_tiles(
     tiles = _row_tiles(rows, 2 * features, device)
     data, scale = layout.column_tiles(2 * features, padded, device)
     partial = _partial(rows, features, row_weight_M)
-    grid = padded // TILE * (features // TILE)
+    grid = padded // TILE * (features // TILE) * 2
     if grid:
         gradient_tiles_kernel[(grid,)](
             dy, codes, kept.scale, row_weight_M, tiles.data, tiles.scale, data, scale, partial, table,

@@ -40,12 +40,11 @@ def load_weight(W, row, real):
 
 
 @triton.jit
-def gradients(dy, gate, up):
-    """(dgate, dup) for a weight of 1."""
+def gate_gradients(dy, gate):
+    """(sigmoid, dy sigmoid, dup for a weight of 1); dgate = (dup (1 - sigmoid) + dy sigmoid) up."""
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     inner = dy * sigmoid
-    dup = inner * gate
-    return tl.fma(dup, 1.0 - sigmoid, inner) * up, dup
+    return sigmoid, inner, inner * gate
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -112,7 +111,8 @@ def gradient_kernel(
     dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
     gate = load_part(X, S, row, real, block, 0, F, x_stride, s_row, s_tile, True, ROUND)
     up = load_part(X, S, row, real, block, F, F, x_stride, s_row, s_tile, WHOLE, ROUND)
-    dgate, dup = gradients(dy, gate, up)
+    sigmoid, inner, dup = gate_gradients(dy, gate)
+    dgate = tl.fma(dup, 1.0 - sigmoid, inner) * up
     if W is not None:
         share = tl.sum(dup * up, 1, keep_dims=True)
         tl.store(PARTIAL + block.to(tl.int64) * M + row, share, mask=real)
@@ -129,29 +129,30 @@ def gradient_tiles_kernel(
 ):  # fmt: skip
     """`gradient_kernel` for stored tiles X and an F that 128 divides, with the result quantised: codes Y [M, 2F] and
     scales YS [2F/128, ys_stride] along columns, codes YT [2F, P] and scales YTS [P/128, 2F] along tokens. It is rounded
-    to DY's type before. TABLE: groups, see `tile_rows`. Grid: P/128 token tiles times column blocks, the latter
-    first."""
+    to DY's type before. TABLE: groups, see `tile_rows`. Grid: P/128 token tiles times column blocks times 2, the latter
+    first: dgate and dup have a program each, which read the same at the same time; one for both has too few registers.
+    """
     blocks = F // 128
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    half, block = tl.program_id(0) % 2, tl.program_id(0) // 2 % blocks
+    tile = tl.program_id(0) // (2 * blocks)
     first, rows = tile_rows(TABLE, tile, padded // 128, M)
     inside = tl.arange(0, 128)[:, None]
     row, real = first + inside, inside < rows
-    # Without groups the padding of the scales is written too, in whole vectors.
-    scale_mask = real if TABLE is not None else row < ys_stride
     column = block * 128 + tl.arange(0, 128)[None, :]
     ROUND: tl.constexpr = DY.dtype.element_ty
     dy = tl.load(DY + row * dy_stride + column, mask=real, other=0.0).to(tl.float32)
     gate = load_part(X, S, row, real, block, 0, F, x_stride, s_row, s_tile, True, ROUND)
-    up = load_part(X, S, row, real, block, F, F, x_stride, s_row, s_tile, True, ROUND)
-    dgate, dup = gradients(dy, gate, up)
+    sigmoid, inner, dup = gate_gradients(dy, gate)
+    # dup's program needs nothing of up, and gets zeros.
+    for_gate = tl.zeros_like(inside) + half == 0
+    up = load_part(X, S, row, real & for_gate, block, F, F, x_stride, s_row, s_tile, True, ROUND)
+    gradient = tl.where(for_gate, tl.fma(dup, 1.0 - sigmoid, inner) * up, dup)
     if W is not None:
         share = tl.sum(dup * up, 1, keep_dims=True)
-        tl.store(PARTIAL + block.to(tl.int64) * M + row, share, mask=real)
-        weight = load_weight(W, row, real)
-        dgate, dup = dgate * weight, dup * weight
-    dgate = dgate.to(ROUND)
-    dup = dup.to(ROUND)
-    write_rows(dgate.to(tl.float32), Y, YS, row, block, 2 * F, ys_stride, real, scale_mask, False)
-    write_columns(dgate.to(tl.float32), YT, YTS, tile, block, real, 2 * F, padded, False)
-    write_rows(dup.to(tl.float32), Y, YS, row, blocks + block, 2 * F, ys_stride, real, scale_mask, False)
-    write_columns(dup.to(tl.float32), YT, YTS, tile, blocks + block, real, 2 * F, padded, False)
+        tl.store(PARTIAL + block.to(tl.int64) * M + row, share, mask=real & for_gate)
+        gradient = gradient * load_weight(W, row, real)
+    gradient = gradient.to(ROUND).to(tl.float32)
+    # Without groups the padding of the scales is written too, in whole vectors.
+    scale_mask = real if TABLE is not None else row < ys_stride
+    write_rows(gradient, Y, YS, row, half * blocks + block, 2 * F, ys_stride, real, scale_mask, False)
+    write_columns(gradient, YT, YTS, tile, half * blocks + block, real, 2 * F, padded, False)
