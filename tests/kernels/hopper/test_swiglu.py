@@ -76,7 +76,7 @@ def test_tiles_columns_and_gradients(case: str, dtype: torch.dtype, weighted: bo
         dy, expected_kept, weight, counts
     )
     d_rows, d_columns, dweight = swiglu.swiglu_backward_tiles(dy, kept, weight, counts)
-    assert_rows(d_rows, expected_rows)
+    assert_rows(d_rows, expected_rows, padding=counts is None)
     assert_columns(d_columns, expected_columns)
     assert (dweight is None) == (expected_dweight is None)
     if dweight is not None and expected_dweight is not None:
@@ -129,6 +129,7 @@ def test_a_cache_made_by_the_definition() -> None:
     assert_columns(found[1], expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_large_gates_and_numbers_that_are_not_finite() -> None:
     gate_up = torch.zeros(2, 256, dtype=torch.bfloat16)
     gate_up[:, 128:] = 1.0
