@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,8 @@ OPS = tuple(MODULES)
 AVAILABLE = "kernels.hopper.available"
 PRODUCTS = ("gemm", "grouped_gemm")
 TENSOR_CORE = ("triton", "te", "deep_gemm", "scaled_mm")
+# Of an H100, H800 or H200: as many as the cost model chooses tiles for.
+MULTIPROCESSORS = 132
 
 
 class BackendError(ValueError):
@@ -100,8 +103,8 @@ def config_problems(config: KernelsConfig) -> list[str]:
         allowed = ("auto", *MODULES[op])
         if getattr(config, op) not in allowed:
             found.append(f"kernels.{op}: found '{getattr(config, op)}', allowed {', '.join(allowed)}")
-    if config.num_sms < 0:
-        found.append(f"kernels.num_sms: found {config.num_sms}, allowed 0 (all) or more")
+    if not 0 <= config.num_sms <= MULTIPROCESSORS:
+        found.append(f"kernels.num_sms: found {config.num_sms}, allowed 0 (all) to {MULTIPROCESSORS}")
     for op in PRODUCTS:
         if config.quantize == "torch" and getattr(config, op) in TENSOR_CORE:
             found.append(
@@ -134,26 +137,40 @@ def resolve(config: KernelsConfig, where: torch.device, linears: Iterable[tuple[
             refused = [line for layer in layers if (line := checks.check_shapes(*layer))]
             problems += [f"kernels.{op}: '{name}' cannot multiply by {line}" for line in refused]
         modules[op] = bound(import_module(MODULES[op][name]), settings)
+    if config.measured and "triton" in (table[op] for op in PRODUCTS):
+        problems += _table_problems(config.measured)
     if problems:
         raise BackendError("\n".join(problems))
     return Kernels(**modules, table=table)
 
 
 def bound(module: ModuleType, settings: dict[str, Any]) -> Any:
-    """The module's functions with those settings given that they take; the module itself where there are none."""
+    """The module's functions with those settings given that they take; the module itself where none takes any."""
     given = {name: value for name, value in settings.items() if value is not None}
-    functions = {}
+    functions: dict[str, Any] = {}
     for name, function in inspect.getmembers(module, inspect.isfunction):
         taken = {key: value for key, value in given.items() if key in inspect.signature(function).parameters}
         functions[name] = partial(function, **taken) if taken else function
-    return SimpleNamespace(**functions) if given else module
+    return SimpleNamespace(**functions) if any(isinstance(each, partial) for each in functions.values()) else module
 
 
-def resolved_config(config: KernelsConfig, kernels: Kernels) -> KernelsConfig:
-    """The same configuration with `auto` replaced by what it came to."""
-    return _named(config, kernels.table)
+def _table_problems(path: str) -> list[str]:
+    """What is wrong with a table of measured tiles; a product would find it in the middle of a step."""
+    allowed = import_module("kernels.hopper.tile").TILES
+    try:
+        entries = import_module("kernels.compiled.choose").read_entries(Path(path))
+    except ValueError as error:
+        return [f"kernels.measured: {error}"]
+    names = {kind: [tile.name for tile in tiles] for kind, tiles in allowed.items()}
+    return [
+        f"kernels.measured: {path}: tile '{entry.tile}' of a {entry.kind}; allowed is one of "
+        f"{', '.join(names.get(entry.kind, [])) or 'none: the kind is unknown'}"
+        for entry in entries
+        if entry.tile not in names.get(entry.kind, [])
+    ]
 
 
 def _named(config: KernelsConfig, table: dict[str, str]) -> KernelsConfig:
+    """The same configuration with `auto` replaced by what it came to."""
     named: dict[str, Any] = dict(table)
     return replace(config, **named)

@@ -75,7 +75,8 @@ def tile_scales(matrix: Tensor, row_tile: int, column_tile: int, largest: float,
 
 def scales_from_amax(amax: Tensor, largest: float, power_of_two: bool) -> Tensor:
     """max(amax, 2^-100) / largest, rounded up to a power of two when asked; overwrites `amax`."""
-    scale = amax.clamp_(min=AMAX_FLOOR).div_(largest)
+    # A tensor on the device: torch turns the division of a CUDA tensor by a number into a product with its reciprocal.
+    scale = amax.clamp_(min=AMAX_FLOOR).div_(amax.new_full((), largest))
     return ceil_power_of_two(scale) if power_of_two else scale
 
 

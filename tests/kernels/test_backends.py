@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import contract
 from kernels.backends import MODULES, OPS, BackendError, KernelsConfig, config_problems, resolve, torch_kernels
+from kernels.compiled.choose import Entry, write_measured
 
 CPU = torch.device("cpu")
 PROTOCOLS = {
@@ -76,6 +79,8 @@ def test_unknown_names_and_pairs_that_do_not_fit() -> None:
     assert line == "kernels.norm: found 'te', allowed auto, torch, triton"
     (line,) = config_problems(KernelsConfig(num_sms=-1))
     assert "kernels.num_sms: found -1" in line
+    (line,) = config_problems(KernelsConfig(num_sms=133))
+    assert line == "kernels.num_sms: found 133, allowed 0 (all) to 132"
     (line,) = config_problems(KernelsConfig(quantize="torch", gemm="triton"))
     assert "transposed copies" in line and "kernels.quantize=triton" in line
     with pytest.raises(BackendError, match="transposed copies"):
@@ -86,6 +91,23 @@ def test_settings_reach_the_kernels_that_take_them() -> None:
     kernels = resolve(KernelsConfig(quantize="triton", gemm="triton", num_sms=112), CPU)
     assert kernels.gemm.fprop.keywords == {"num_sms": 112}  # type: ignore[attr-defined]
     assert resolve(KernelsConfig(num_sms=112), CPU).gemm is import_module("kernels.gemm")
+
+
+def test_a_table_of_tiles_is_read_when_a_run_starts(tmp_path: Path) -> None:
+    """Not by the first product of its first step; and by nobody whose products do not choose tiles."""
+    path = tmp_path / "tiles.json"
+    config = KernelsConfig(quantize="triton", gemm="triton", measured=str(path))
+    assert resolve(replace(config, gemm="torch"), CPU).table["gemm"] == "torch"
+    with pytest.raises(BackendError, match=f"kernels.measured: {path}: no table of measured tiles: FileNotFound"):
+        resolve(config, CPU)
+    entry = Entry("cpu", "fprop", 128, 128, 128, 1, 132, "ws 128x128", 1.0)
+    write_measured(path, [entry, replace(entry, kind="wgrad")])
+    kernels = resolve(config, CPU)
+    assert kernels.gemm.fprop.keywords == {"measured": str(path)}  # type: ignore[attr-defined]
+    write_measured(path, [entry, replace(entry, kind="wgrad", tile="ws 128x192")])
+    with pytest.raises(BackendError, match="'ws 128x192' of a wgrad; allowed is one of ws 128x128, plain") as no:
+        resolve(config, CPU)
+    assert len(str(no.value).splitlines()) == 1
 
 
 def test_a_width_that_no_tensor_core_takes_is_refused_with_the_layer() -> None:

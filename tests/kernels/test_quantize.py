@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import e5m6
 from kernels.quantize import (
     Quantized,
     dequantize,
@@ -78,6 +82,23 @@ def test_power_of_two_scale_is_kept_when_exact_and_rounded_up_else() -> None:
     x = torch.zeros(3, 16)
     x[:, 0] = torch.tensor([448.0 * 0.25, np.nextafter(np.float32(112), np.float32(200)), 0.0])
     assert quantize_rows(x, power_of_two=True).scale.flatten().tolist() == [0.25, 0.5, 2.0**-108]
+
+
+class _NoDivisionByNumbers(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "div" not in str(func) or all(isinstance(arg, Tensor) for arg in args), (func, args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_scales_are_quotients_on_every_device(power_of_two: bool) -> None:
+    """torch divides a CUDA tensor by a Python number as a product with its reciprocal: every second scale would be
+    another there than here."""
+    x = sample(40, 144)
+    with _NoDivisionByNumbers():
+        quantize_both(x, power_of_two, counts=(30, 10))
+        quantize_blocks(x[:32])
+        e5m6.encode(x)
 
 
 def test_every_code_decodes_to_its_value() -> None:
