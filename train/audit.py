@@ -34,7 +34,8 @@ from train.agree import gather_json, together
 from train.errors import CannotWriteError
 
 KINDS = ("fprop", "dgrad", "wgrad")
-HOMES = frozenset(("kernels.gemm", "kernels.grouped", "kernels.attention"))
+# `scaled_mm` is the one library whose products pass torch's dispatcher.
+HOMES = frozenset(("kernels.gemm", "kernels.grouped", "kernels.attention", "kernels.libraries.scaled_mm"))
 # Matrix-vector products are not among them: no linear layer is one, and norms reduce their gains' gradients with one.
 PRODUCTS = frozenset(
     "mm bmm addmm baddbmm addbmm linear matmul einsum bilinear _trilinear convolution _int_mm _addmm_activation "

@@ -8,6 +8,7 @@ for the input of the output projection, the dispatched rows, and the gradient th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from model.ops import Ops
 from parallel.config import ParallelConfig
 from parallel.optimizer.config import OptimizerConfig
 from tests.distributed_helper import run_distributed
-from train.audit import AuditRow, OperandSummary, StepAudit, merge
+from train.audit import AuditRow, OperandSummary, StepAudit, _OutsideProducts, merge
 from train.engine import Engine, StepPlan
 
 LENGTH, MICRO_BATCH, SEQUENCES = 128, 2, 8
@@ -265,6 +266,18 @@ def test_wrong_recipes_are_caught(wrong: Callable[[pytest.MonkeyPatch], None], m
     found = faults([audited_step(0, 1, ParallelConfig(), layers=2)], layers=2)
     where, what = WRONG[wrong]
     assert any(where in fault and what in fault for fault in found), found[:10]
+
+
+@pytest.mark.parametrize(
+    ("module", "outside"), [("kernels.libraries.scaled_mm", 0), ("kernels.gemm", 0), ("model.layer", 1)]
+)
+def test_products_belong_to_the_back_ends(module: str, outside: int) -> None:
+    place: dict[str, Any] = {"__name__": module}
+    exec("def product(x): return x @ x", place)
+    found: Counter[str] = Counter()
+    with _OutsideProducts(found):
+        place["product"](torch.ones(2, 2))
+    assert found.total() == outside
 
 
 def test_gradients_far_below_one_keep_their_bits() -> None:
