@@ -122,7 +122,7 @@ def resolve(config: KernelsConfig, where: torch.device, linears: Iterable[tuple[
     layers = list(linears)
     automatic = "torch" if where.type == "cpu" else "triton"
     table = {op: automatic if getattr(config, op) == "auto" else getattr(config, op) for op in OPS}
-    problems = config_problems(config) or config_problems(_named(config, table))
+    problems = config_problems(config)
     if problems:
         raise BackendError("\n".join(problems))
     settings = {"num_sms": config.num_sms or None, "measured": config.measured or None}
@@ -139,6 +139,8 @@ def resolve(config: KernelsConfig, where: torch.device, linears: Iterable[tuple[
         modules[op] = bound(import_module(MODULES[op][name]), settings)
     if config.measured and "triton" in (table[op] for op in PRODUCTS):
         problems += _table_problems(config.measured)
+    # After what cannot work here at all: the advice on a pair would only lead there.
+    problems = problems or config_problems(_named(config, table))
     if problems:
         raise BackendError("\n".join(problems))
     return Kernels(**modules, table=table)

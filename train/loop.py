@@ -192,7 +192,7 @@ class Trainer:
             groups = group_table(self.config.model, self.config.optimizer)
             self.metrics.event("optimizer_groups", groups=[asdict(group) for group in groups])
             self.metrics.event("kernels", table=self.kernels.table)
-            for line in notes(self.config):
+            for line in notes(self.config, self.kernels.table):
                 self.metrics.event("note", text=line)
         ranks, layout = self.config.parallel.world_size, describe(self.engine.model.layout)
         self.metrics.event("started", step=state.step, tokens=state.tokens, ranks=ranks, layout=layout)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from kernels.backends import PRODUCTS
 from model.errors import ModelError
 from model.released_family import family_of
 from train.config import RunConfig, StageConfig
 
 
-def notes(config: RunConfig) -> list[str]:
+def notes(config: RunConfig, table: Mapping[str, str]) -> list[str]:
     """One line each; empty when there is nothing to say. None of it is an error: models and experiments combine
-    freely.
+    freely. table: op -> back end, as resolved (`kernels.backends.Kernels.table`).
     """
     found = [
         f"stages.{i}: no effect of {line}" for i, stage in enumerate(config.stages) for line in _idle(config, stage)
@@ -20,6 +23,11 @@ def notes(config: RunConfig) -> list[str]:
             for op in ("quantize", "gemm", "grouped_gemm", "e5m6")
             if (name := getattr(config.kernels, op)) != "auto"
         ]
+    products = config.precision.fp8 and "triton" in (table[op] for op in PRODUCTS)
+    if config.kernels.measured and not products:
+        found.append(f"no effect of kernels.measured={config.kernels.measured}: no product runs on triton")
+    if config.kernels.num_sms and not products and table["norm"] != "triton":
+        found.append(f"no effect of kernels.num_sms={config.kernels.num_sms}: no product and no norm runs on triton")
     if config.model.has_experts and not config.model.router_bias:
         found += [
             f"stages.{i}: nothing balances the experts: every balance weight is 0 and routers have no bias"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kernels.backends import OPS
 from train.compose import compose_run
 from train.notes import notes
+
+TORCH = dict.fromkeys(OPS, "torch")
 
 
 @pytest.mark.parametrize(
@@ -15,6 +18,13 @@ from train.notes import notes
         (
             ["precision.fp8=false", "kernels.gemm=scaled_mm", "kernels.norm=torch"],
             ["no effect of kernels.gemm=scaled_mm: precision.fp8 is off"],
+        ),
+        (
+            ["kernels.measured=tiles.json", "kernels.num_sms=112"],
+            [
+                "no effect of kernels.measured=tiles.json: no product runs on triton",
+                "no effect of kernels.num_sms=112: no product and no norm runs on triton",
+            ],
         ),
         (["model=demo_v2"], ["stages.0: no effect of bias_update: the model's routers have no bias"]),
         (["model=demo_v2"], ["stages.0: no effect of mtp_weight: the model has no MTP"]),
@@ -37,7 +47,17 @@ from train.notes import notes
     ],
 )
 def test_notes(overrides: list[str], said: list[str]) -> None:
-    found = notes(compose_run(["experiment=demo", *overrides]))
+    found = notes(compose_run(["experiment=demo", *overrides]), TORCH)
     assert all(line in found for line in said), found
     assert bool(found) == bool(said)
     assert len(set(found)) == len(found)
+
+
+def test_settings_of_our_kernels_have_an_effect_where_they_run() -> None:
+    config = compose_run(["experiment=demo", "kernels.measured=tiles.json", "kernels.num_sms=112"])
+    assert notes(config, TORCH | {"gemm": "triton"}) == []
+    assert [line.split("=")[0] for line in notes(config, TORCH | {"norm": "triton"})] == [
+        "no effect of kernels.measured"
+    ]
+    config = compose_run(["experiment=demo", "precision.fp8=false", "kernels.num_sms=112"])
+    assert len(notes(config, TORCH | {"gemm": "triton"})) == 1
