@@ -71,11 +71,13 @@ def rows_by_blocks(
     then neither crosses a block of b, each has one scale, and the second runs while the first is promoted.
     """
     NARROW: tl.constexpr = TILE_COLUMNS - BLOCK
+    # A wide tile in FP32 leaves no room in shared memory for the descriptors' copy of it.
+    BY_POINTERS: tl.constexpr = GROUPED or (NARROW > 0 and out_ptr.dtype.element_ty == tl.float32)
     a_desc = tl.make_tensor_descriptor(a_ptr, [rows, depth], [a_stride, 1], [TILE_ROWS, BLOCK])
     b_desc = tl.make_tensor_descriptor(b_ptr, [experts * columns, depth], [depth, 1], [BLOCK, BLOCK])
     if NARROW:
         narrow_b_desc = tl.make_tensor_descriptor(b_ptr, [experts * columns, depth], [depth, 1], [NARROW, BLOCK])
-    if not GROUPED:
+    if not BY_POINTERS:
         out_desc = tl.make_tensor_descriptor(out_ptr, [rows, columns], [columns, 1], [TILE_ROWS, BLOCK])
         if NARROW:
             narrow_out_desc = tl.make_tensor_descriptor(out_ptr, [rows, columns], [columns, 1], [TILE_ROWS, NARROW])
@@ -118,7 +120,7 @@ def rows_by_blocks(
                 narrow_b = narrow_b_desc.load([expert * columns + narrow, block * BLOCK])
                 narrow_scale = tl.load(narrow_scales + block * b_scale_block_stride)
                 narrow_sums = tl.fma(tl.dot(a, narrow_b.T), (a_scale * narrow_scale)[:, None], narrow_sums)
-        if GROUPED:
+        if BY_POINTERS:
             store_rows(out_ptr, sums, own_rows, end, column, columns, BLOCK)
             if NARROW:
                 store_rows(out_ptr, narrow_sums, own_rows, end, narrow, columns, NARROW)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kernels.hopper.gemm_kernels import columns_by_columns, rows_by_blocks
-from kernels.hopper.launch import OUT_TYPES, constants, stages
+from kernels.hopper.launch import OUT_TYPES, constants
 from kernels.hopper.tile import TILES, TileConfig, plain_twin
 from kernels.hopper.variant import Variant
 from kernels.tiles import TILE
@@ -80,7 +80,7 @@ def _variant(
         constants=known,
         aligned=POINTERS + aligned + (("table_ptr",) if known["GROUPED"] else ()),
         num_warps=tile.num_warps,
-        num_stages=stages(tile, out_dtype),
+        num_stages=tile.num_stages,
         tile=(tile.rows, tile.columns, TILE),
         warp_specialised=tile.warp_specialised,
         plain_twin=f"gemm {twin}" if twin else None,

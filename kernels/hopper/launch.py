@@ -46,7 +46,7 @@ def launch_rows(
         + (a.stride(0), *a_scale.stride(), 0 if b.ndim == 2 else b_scale.stride(0), *b_scale.stride()[-2:]),
         constants(tile, table is not None),
         tile.num_warps,
-        stages(tile, out.dtype),
+        tile.num_stages,
     )
 
 
@@ -77,7 +77,7 @@ def launch_columns(
         + (*a_scale.stride(), *b_scale.stride()),
         constants(tile, table is not None) | {"ACCUMULATE": accumulate},
         tile.num_warps,
-        stages(tile, out.dtype),
+        tile.num_stages,
     )
 
 
@@ -120,11 +120,6 @@ def constants(tile: TileConfig, grouped: bool) -> dict[str, Any]:
         "GROUPED": grouped,
         "WARP_SPECIALIZED": tile.warp_specialised,
     }
-
-
-def stages(tile: TileConfig, out_dtype: torch.dtype) -> int:
-    """A wide tile leaves in FP32 through shared memory that the fourth stage would need."""
-    return min(tile.num_stages, 3) if tile.columns > TILE and out_dtype == torch.float32 else tile.num_stages
 
 
 def _start(

@@ -1,4 +1,4 @@
-"""Tiles of the GEMM kernels: which exist, what they are called, and the one to take when nobody chose."""
+"""Tiles of the GEMM kernels: which exist and what they are called."""
 
 from __future__ import annotations
 
@@ -52,12 +52,3 @@ TILES: dict[str, tuple[TileConfig, ...]] = {
 def plain_twin(tile: TileConfig) -> TileConfig:
     """The tile of the same size without warp specialisation."""
     return {WS_128: PLAIN_128, WS_192: PLAIN_192}[tile]
-
-
-def default_tile(kind: str, rows: int, columns: int, depth: int) -> TileConfig:
-    """A fair tile for a product [rows, depth] . [columns, depth]^T of a kind: the largest that it can fill."""
-    if WS_192 not in TILES[kind]:
-        return WS_128
-    if rows <= PLAIN_64.rows:
-        return PLAIN_64
-    return WS_192 if columns > WS_128.columns else WS_128
