@@ -12,6 +12,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
+    package_data={"kernels.compiled": ["*.json"]},
     install_requires=[
         "torch>=2.10,<3",
         "numpy",

@@ -147,6 +147,8 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.where = torch.device("cuda", index)
+        # Triton launches on the current device, wherever the tensors are.
+        torch.cuda.set_device(self.where)
         self.compute = torch.cuda.current_stream(self.where)
         self._sides: dict[Channel, torch.cuda.Stream] = {}
 

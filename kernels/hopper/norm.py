@@ -81,7 +81,7 @@ def rmsnorm_columns(x_MD: Tensor, gain_D: Tensor, eps: float) -> Quantized:
     padded = padded_rows(rows)
     data, scale = layout.column_tiles(width, padded, x.device)
     columns_kernel[(padded // 128 * triton.cdiv(width, 128),)](
-        x, gain_D, inverse, data, scale, rows, width, x.stride(0), padded, num_warps=WARPS
+        x, gain_D.contiguous(), inverse, data, scale, rows, width, x.stride(0), padded, num_warps=WARPS
     )
     return Quantized(data[:, :rows], scale)
 
@@ -100,7 +100,7 @@ def rmsnorm_backward(
     programs = max(1, min(num_sms or MULTIPROCESSORS, triton.cdiv(rows, block.persistent_rows)))
     partial = layout.empty((programs, width), torch.float32, x.device)
     gradient_kernel[(programs,)](
-        wide_dy, matrix, gain_D, dx, partial, rows, width, wide_dy.stride(0), matrix.stride(0), eps,
+        wide_dy, matrix, gain_D.contiguous(), dx, partial, rows, width, wide_dy.stride(0), matrix.stride(0), eps,
         ROWS=block.persistent_rows, WIDTH=block.width, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return dx.view(x.shape), sum_partials(partial)
@@ -157,7 +157,7 @@ def _rows(x: Tensor, gain_D: Tensor, eps: float, power_of_two: bool | None) -> t
         written = s_stride = tiles.scale.stride(1)
     if rows:
         rows_kernel[(triton.cdiv(written, block.rows),)](
-            matrix, gain_D, y, tiles.data if tiles else None, tiles.scale if tiles else None,
+            matrix, gain_D.contiguous(), y, tiles.data if tiles else None, tiles.scale if tiles else None,
             rows, width, matrix.stride(0), s_stride, eps,
             ROWS=block.rows, WIDTH=block.width, POWER_OF_TWO=bool(power_of_two), num_warps=block.warps,
         )  # fmt: skip

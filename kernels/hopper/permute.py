@@ -32,7 +32,7 @@ def take_rows(rows: Rows, index_X: Tensor) -> Rows:
     if not isinstance(rows, Quantized):
         return _take(rows, index_X)
     check_row_tiles(rows)
-    _check_index(index_X, rows.device, "take_rows")
+    index_X = _index(index_X, rows.device, "take_rows")
     taken = len(index_X)
     scale = layout.row_scales(taken, rows.columns, rows.device)
     block_x, block_t = BLOCK_SCALES
@@ -47,7 +47,7 @@ def take_rows(rows: Rows, index_X: Tensor) -> Rows:
 def sum_rows(rows_XD: Tensor, index_X: Tensor, count: int) -> Tensor:
     """[X, D] -> [count, D] in rows' dtype: row v is the sum of the rows x with index_X[x] = v, in order of x. The lists
     are made by a stable sort on the device; the host waits for nothing."""
-    _check_index(index_X, rows_XD.device, "sum_rows")
+    index_X = _index(index_X, rows_XD.device, "sum_rows")
     if rows_XD.ndim != 2 or len(rows_XD) != len(index_X):
         raise ValueError(f"sum_rows: rows {tuple(rows_XD.shape)}, indices {tuple(index_X.shape)}; allowed is one a row")
     rows = layout.readable(rows_XD)
@@ -104,7 +104,7 @@ def variants() -> list[Variant]:
 
 def _take(rows: Tensor, index_X: Tensor) -> Tensor:
     """Rows [V, D] of any type, as words of 4 bytes where they are aligned, else byte for byte."""
-    _check_index(index_X, rows.device, "take_rows")
+    index_X = _index(index_X, rows.device, "take_rows")
     if rows.ndim != 2:
         raise ValueError(f"take_rows: rows {tuple(rows.shape)}; allowed is [rows, columns]")
     source = layout.readable(rows)
@@ -120,9 +120,11 @@ def _take(rows: Tensor, index_X: Tensor) -> Tensor:
     return out
 
 
-def _check_index(index_X: Tensor, device: torch.device, name: str) -> None:
+def _index(index_X: Tensor, device: torch.device, name: str) -> Tensor:
+    """Indices as the kernels read them: int64, side by side."""
     if index_X.ndim != 1 or index_X.dtype not in (torch.int64, torch.int32) or index_X.device != device:
         raise ValueError(
             f"{name}: indices {index_X.dtype} {tuple(index_X.shape)} on {index_X.device}; allowed are [X] integers on "
             f"{device}"
         )
+    return index_X.to(torch.int64).contiguous()

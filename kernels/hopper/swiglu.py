@@ -66,7 +66,7 @@ def swiglu_columns(
     grid = padded // TILE * tile_count(features, TILE)
     if grid:
         columns_kernel[(grid,)](
-            codes, kept.scale, row_weight_M, data, scale, table,
+            codes, kept.scale, _dense(row_weight_M), data, scale, table,
             rows, features, codes.stride(0), *kept.scale.stride(), padded,
             WHOLE=features % TILE == 0, ROUND=TRITON_FLOATS[dtype], num_warps=WARPS[columns_kernel],
         )  # fmt: skip
@@ -100,7 +100,7 @@ def swiglu_backward_tiles(
     grid = padded // TILE * (features // TILE) * 2
     if grid:
         gradient_tiles_kernel[(grid,)](
-            dy, codes, kept.scale, row_weight_M, tiles.data, tiles.scale, data, scale, partial, table,
+            dy, codes, kept.scale, _dense(row_weight_M), tiles.data, tiles.scale, data, scale, partial, table,
             rows, features, dy.stride(0), codes.stride(0), *kept.scale.stride(), tiles.scale.stride(1), padded,
             num_warps=WARPS[gradient_tiles_kernel],
         )  # fmt: skip
@@ -163,7 +163,7 @@ def _launch_rows(
     grid = tile_count(max(rows, s_stride if tiles else 0), ROW_BLOCK) * tile_count(features, TILE)
     if rows:
         rows_kernel[(grid,)](
-            x, row_weight_M, hidden,
+            x, _dense(row_weight_M), hidden,
             tiles.data if tiles else None, tiles.scale if tiles else None,
             kept.data if kept else None, kept.scale if kept else None,
             rows, features, x.stride(0), s_stride, BLOCK_M=ROW_BLOCK, num_warps=WARPS[rows_kernel],
@@ -180,11 +180,16 @@ def _plain_gradients(
     partial = _partial(rows, features, row_weight_M)
     if rows:
         gradient_kernel[(tile_count(rows, ROW_BLOCK) * tile_count(features, TILE),)](
-            dy, x, scale, row_weight_M, dgate_up, partial,
+            dy, x, scale, _dense(row_weight_M), dgate_up, partial,
             rows, features, dy.stride(0), x.stride(0), *((1, 1) if scale is None else scale.stride()),
             BLOCK_M=ROW_BLOCK, WHOLE=scale is None or features % TILE == 0, num_warps=WARPS[gradient_kernel],
         )  # fmt: skip
     return dgate_up, None if partial is None else sum_partials(partial)
+
+
+def _dense(row_weight_M: Tensor | None) -> Tensor | None:
+    """Kernels read the weights side by side."""
+    return None if row_weight_M is None else row_weight_M.contiguous()
 
 
 def _row_tiles(rows: int, columns: int, device: torch.device) -> Quantized:

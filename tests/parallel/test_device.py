@@ -72,6 +72,7 @@ class Work:
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     found = Streams()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda where: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where=None: found.current)
     monkeypatch.setattr(torch.cuda, "Stream", found.make)
     monkeypatch.setattr(torch.cuda, "stream", found.use)

@@ -134,3 +134,16 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ValueError, match=r"rmsnorm_rows.*multiple of 16"):
         norm.rmsnorm_rows(x[:, :40], gains(40, torch.float32), EPS)
     norm.rmsnorm(x[:, :40], gains(40, torch.float32), EPS)
+
+
+def test_a_gain_may_be_strided() -> None:
+    x, gain = torch.randn(5, 32), torch.randn(32, 2)[:, 0]
+    for function in ("rmsnorm", "rmsnorm_rows", "rmsnorm_columns"):
+        found, wanted = (getattr(module, function)(x, gain, EPS) for module in (norm, definition))
+        if function == "rmsnorm":
+            found, wanted = (found, None), (wanted, None)
+        elif function == "rmsnorm_columns":
+            found, wanted = (dequantize(found), None), (dequantize(wanted), None)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(norm.rmsnorm_backward(x, x, gain, EPS), definition.rmsnorm_backward(x, x, gain, EPS)):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -94,3 +94,11 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ValueError, match=r"take_rows: rows \(32,\)"):
         permute.take_rows(rows[0], index_X)
     permute.take_rows(rows, index_X)
+
+
+def test_indices_may_be_strided_or_narrow() -> None:
+    rows, index = torch.randn(6, 32), torch.tensor([[0, 9], [5, 9], [5, 9], [2, 9]])[:, 0]
+    for chosen in (index, index.to(torch.int32)):
+        assert torch.equal(permute.take_rows(rows, chosen), rows[index])
+        found = permute.sum_rows(rows[:4], chosen, 6)
+        assert torch.equal(found, definition.sum_rows(rows[:4], index.contiguous(), 6))
