@@ -118,7 +118,8 @@ class KernelCost:
 
 @dataclass(frozen=True)
 class TileCost:
-    """What a kernel costs per tile and per K block on `blocks` resident blocks: everything but the problem's size."""
+    """What a kernel costs per tile and per K block on `blocks` resident blocks: everything but the problem's size.
+    instructions: of a warp and K block."""
 
     rows: int
     columns: int
@@ -127,6 +128,7 @@ class TileCost:
     bound: str
     tile_us: float
     machine: Machine
+    instructions: int
 
     def microseconds(self, problem: Problem) -> tuple[float, float, int, int]:
         """(computing, moving bytes through HBM, tiles, waves), without the launch."""
@@ -183,6 +185,7 @@ def tile_cost(
         bound=max(block_us, key=lambda name: block_us[name]),
         tile_us=machine.tile_us + refill + rows * columns * output_bytes / l2_bytes_per_us,
         machine=machine,
+        instructions=sum(properties.hot_loop.values()),
     )
 
 

@@ -29,7 +29,7 @@ from kernels.compiled.shapes import (
     grouped_forward,
     grouped_wgrad,
 )
-from kernels.hopper.tile import GROUPED_WGRAD, WGRAD, TileConfig
+from kernels.hopper.tile import FPROP, GROUPED_WGRAD, WGRAD, TileConfig
 
 # All SMs, and what V3 leaves to computation beside its communication (section 3.2.2).
 ALL_SMS, COMPUTING_SMS = 132, 112
@@ -120,6 +120,19 @@ def training_bounds() -> list[tuple[str, float, float]]:
     ]
 
 
+BLOCK_COLUMNS = ("product", "tile", "tensor", "promote", "l2", "latency", "instructions")
+
+
+def block_cells() -> list[tuple[str, ...]]:
+    """What a K block takes with every dense tile."""
+    found = []
+    for kind in (FPROP, WGRAD):
+        for tile, cost in ranked(kind, ALL_SMS):
+            times = (f"{1e3 * cost.block_us[bound]:.0f}" for bound in ("tensor", "promote", "l2", "latency"))
+            found.append((kind, tile.name, *times, f"{cost.instructions}"))
+    return found
+
+
 CALIBRATION_COLUMNS = ("point", "tile of DeepGEMM", "published", "model", "ratio")
 
 
@@ -160,6 +173,7 @@ def markdown() -> str:
             ("product", "modelled", "at least"),
             [(name, f"{found:.0f}", f"{bound:.0f}") for name, found, bound in training_bounds()],
         ),
+        blocks=_table(BLOCK_COLUMNS, block_cells()),
         calibration=_table(CALIBRATION_COLUMNS, calibration_cells()),
         others=_table(("point", "published", "model", "ratio"), out_of_sample_cells()),
         h20=H20_SERIAL_CLOCKS,
@@ -199,10 +213,15 @@ Bounds that the choice is tested against:
 
 {bounds}
 
-How to read it: DeepGEMM is ahead where a tile is bound by L2, because two SMs share a read by multicast, which Triton
-does not emit. What decides here is the area of the tile: 128x128 cannot pass about 1,100, 128x192 about 1,300. On fewer
-SMs each gets more of L2, so a product that L2 bounds loses less than its share of SMs. Communication beside the
-products takes L2 and HBM too, which is not modelled.
+Nanoseconds of a K block of 128 by each bound, dense products on all SMs; the largest decides:
+
+{blocks}
+
+How to read it. The wide specialised tile is bound by promotion and by L2 about equally: its consumers wait for a scale
+in the middle of a block, and Triton emits no multicast, by which two SMs of DeepGEMM share a read. Weight gradients are
+bound by the instructions of their consumers: a product and a sum for every accumulator, the loads of a scale for every
+row and column, and the check of each against the edge. On fewer SMs each gets more of L2, which helps only where L2
+decides. Communication beside the products takes L2 and HBM too, which is not modelled.
 
 ## The model
 
