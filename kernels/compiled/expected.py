@@ -24,12 +24,15 @@ class Product:
 @dataclass(frozen=True)
 class Stream:
     """A memory-bound kernel. narrow: how many accesses of global memory may be narrower than 128 bits, by width:
-    scales, indices and norms. reread: 128-bit loads of what the same block has just loaded, and finds in L1."""
+    scales, indices and norms. reread: 128-bit loads of what the same block has just loaded, and finds in L1. issue:
+    clocks to issue its instructions, as a multiple of the clocks for its bytes, at most; above 1 where arithmetic on
+    every number and not memory is what a kernel waits for."""
 
     name: str
     warps: int
     narrow: dict[int, int]
     reread: int = 0
+    issue: float = 1.0
 
 
 Row = Product | Stream
@@ -162,21 +165,21 @@ EXPECTED: tuple[Row, ...] = (
     Stream("partial sums", 4, {32: 1}),
     Stream("swiglu", 4, {}),
     Stream("swiglu backward", 4, {}),
-    Stream("swiglu backward tiles", 16, {32: 8}),
-    Stream("swiglu backward tiles grouped", 16, {32: 8, 64: 2}),
+    Stream("swiglu backward tiles", 16, {32: 8}, issue=1.3),
+    Stream("swiglu backward tiles grouped", 16, {32: 8, 64: 2}, issue=1.3),
     Stream("swiglu backward tiles of any width", 4, {32: 6}),
     Stream("swiglu backward tiles of any width weighted", 4, {32: 9}),
-    Stream("swiglu backward tiles weighted", 16, {32: 11}),
-    Stream("swiglu backward tiles weighted grouped", 16, {32: 11, 64: 2}),
+    Stream("swiglu backward tiles weighted", 16, {32: 11}, issue=1.3),
+    Stream("swiglu backward tiles weighted grouped", 16, {32: 11, 64: 2}, issue=1.3),
     Stream("swiglu backward weighted", 4, {32: 5}),
-    Stream("swiglu columns", 8, {32: 9}),
-    Stream("swiglu columns grouped", 8, {32: 9, 64: 2}),
-    Stream("swiglu columns of any width", 8, {32: 13}),
-    Stream("swiglu columns of any width grouped", 8, {32: 13, 64: 2}),
-    Stream("swiglu columns of any width weighted", 8, {32: 17}),
-    Stream("swiglu columns of any width weighted grouped", 8, {32: 17, 64: 2}),
-    Stream("swiglu columns weighted", 8, {32: 13}),
-    Stream("swiglu columns weighted grouped", 8, {32: 13, 64: 2}),
+    Stream("swiglu columns", 8, {32: 9}, issue=1.6),
+    Stream("swiglu columns grouped", 8, {32: 9, 64: 2}, issue=1.6),
+    Stream("swiglu columns of any width", 8, {32: 13}, issue=1.6),
+    Stream("swiglu columns of any width grouped", 8, {32: 13, 64: 2}, issue=1.6),
+    Stream("swiglu columns of any width weighted", 8, {32: 17}, issue=1.6),
+    Stream("swiglu columns of any width weighted grouped", 8, {32: 17, 64: 2}, issue=1.6),
+    Stream("swiglu columns weighted", 8, {32: 13}, issue=1.6),
+    Stream("swiglu columns weighted grouped", 8, {32: 13, 64: 2}, issue=1.6),
     Stream("swiglu tiles", 4, {32: 3}),
     Stream("swiglu tiles of any width", 4, {32: 1}),
     Stream("swiglu tiles of any width weighted", 4, {32: 3}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -125,24 +125,29 @@ def check(
 
 def _all(modules: tuple[str, ...], names: Sequence[str], jobs: int) -> Iterator[Properties | Failure]:
     """Results as they come. A compiler that ends its process takes only its own variant with it."""
-    waiting = set(names)
     context = get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(waiting)) or 1, mp_context=context) as pool:
-        futures = {pool.submit(examine, modules, name): name for name in names}
-        try:
-            for future in as_completed(futures):
-                found = future.result()
-                waiting.remove(futures[future])
-                yield found
-        except BrokenProcessPool:
-            pass
-    # Left only if a process died: which of its variants killed it is seen when each has its own.
-    for name in sorted(waiting):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+    waiting = list(names)
+    while waiting:
+        running: dict[Future[Properties | Failure], str] = {}
+        with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context) as pool:
             try:
-                yield pool.submit(examine, modules, name).result()
+                while waiting or running:
+                    while waiting and len(running) < jobs:
+                        future = pool.submit(examine, modules, waiting[0])
+                        running[future] = waiting.pop(0)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        found = future.result()
+                        del running[future]
+                        yield found
             except BrokenProcessPool:
-                yield Failure(name, "compiles", "the compiler ended its process", "machine code for sm_90a")
+                pass
+        # Left only if a process died: which of its variants killed it is seen when each has its own.
+        for name in running.values():
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                try:
+                    yield pool.submit(examine, modules, name).result()
+                except BrokenProcessPool:
+                    yield Failure(name, "compiles", "the compiler ended its process", "machine code for sm_90a")
 
 
 def held_against(row: Row, found: Properties) -> list[Failure]:
@@ -185,11 +190,16 @@ def _promotion(loop: dict[str, int]) -> str:
 def _stream_checks(row: Stream, found: Properties) -> list[Check]:
     narrow = {width: count for width, count in found.global_accesses.items() if width != 128}
     fits = all(count <= row.narrow.get(width, 0) for width, count in narrow.items())
-    issue, memory = issue_clocks(found), memory_clocks(found, row)
+    issue, memory = issue_clocks(found), memory_clocks(found, row) * row.issue
     return [
         ("wide accesses", found.global_accesses.get(128, 0) > 0, found.global_accesses, "some of 128 bits"),
         ("narrow accesses", fits, narrow, f"up to {row.narrow} by bits"),
-        ("issue clocks", issue < memory, f"{issue:.0f} a warp and SM", f"below {memory:.0f}, the memory's"),
+        (
+            "issue clocks",
+            issue < memory,
+            f"{issue:.0f} a warp and SM",
+            f"below {memory:.0f}, of {row.issue} x memory's",
+        ),
         ("tensor core", found.tensor_core is None, found.tensor_core, None),
     ]
 
