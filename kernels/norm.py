@@ -34,8 +34,9 @@ def rmsnorm_backward(dy: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> tuple
     """dy, x [..., D] -> (dx [..., D] in x's dtype, dgain [D] in FP32 at least).
 
     With r = 1 / rms and s = sum(dy * x * gain): dx = r * dy * gain - r^3 * s / D * x, dgain = sum over rows of
-    r * dy * x.
+    r * dy * x. ValueError: dy is not of x's shape, or elsewhere.
     """
+    _check_gradient(dy, x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
     wide_dy = dy.to(wide.dtype).reshape(wide.shape)
     gain = gain_D.to(wide.dtype)
@@ -46,6 +47,15 @@ def rmsnorm_backward(dy: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> tuple
     projection = (product @ gain).div_(-x.shape[-1]).unsqueeze(-1).mul_(inverse_rms.pow(3))
     dx = torch.mul(wide_dy, gain, out=product).mul_(inverse_rms).addcmul_(wide, projection)
     return dx.to(x.dtype).view(x.shape), dgain_D
+
+
+def _check_gradient(dy: Tensor, x: Tensor) -> None:
+    """ValueError: dy is not of x's shape, or elsewhere: as many elements in other rows would be taken for these."""
+    if dy.shape != x.shape or dy.device != x.device:
+        raise ValueError(
+            f"rmsnorm_backward: dy {tuple(dy.shape)} on {dy.device}, x {tuple(x.shape)} on {x.device}; allowed is one "
+            "shape on one device"
+        )
 
 
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:

@@ -282,17 +282,21 @@ def check_matrix(x_MK: Tensor, name: str) -> None:
 
 def check_weight(w_NK: Tensor) -> None:
     """ValueError: `quantize_blocks` cannot take this weight."""
-    if w_NK.ndim not in (2, 3) or w_NK.shape[-1] % WIDTH_MULTIPLE or w_NK.shape[-2] % WIDTH_MULTIPLE:
+    fits = w_NK.ndim in (2, 3) and not w_NK.shape[-1] % WIDTH_MULTIPLE and not w_NK.shape[-2] % WIDTH_MULTIPLE
+    if not fits or not w_NK.is_floating_point():
         raise ValueError(
-            f"quantize_blocks: weight of shape {tuple(w_NK.shape)}; allowed is [N, K] or [E, N, K] with N and K "
-            f"multiples of {WIDTH_MULTIPLE}: choose such widths or leave this layer unquantised"
+            f"quantize_blocks: weight {w_NK.dtype} of shape {tuple(w_NK.shape)}; allowed is a float [N, K] or "
+            f"[E, N, K] with N and K multiples of {WIDTH_MULTIPLE}: choose such widths or leave this layer unquantised"
         )
 
 
 def check_counts(counts: Sequence[int], rows: int) -> None:
     """ValueError: these are not the rows of the groups of a matrix of `rows` rows."""
     if sum(counts) != rows or min(counts, default=0) < 0:
-        raise ValueError(f"quantize_columns: counts {tuple(counts)} sum to {sum(counts)}; the matrix has {rows} rows")
+        raise ValueError(
+            f"quantize_columns: counts {tuple(counts)} sum to {sum(counts)}; the matrix has {rows} rows, each group 0 "
+            "or more"
+        )
 
 
 def check_row_tiles(q_MK: Quantized) -> None:

@@ -140,3 +140,11 @@ def test_inputs_are_not_changed() -> None:
     rmsnorm(x, gain, EPS), rmsnorm_backward(dy, x, gain, EPS), rotate(x, cos, sin)
     swiglu(x, weight), swiglu_backward(half, x, weight)
     assert all(torch.equal(a, b) for a, b in zip((x, gain, weight, dy, half), before, strict=True))
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    """Not reshaped to fit where it has as many elements."""
+    x, gain = torch.ones(2, 48), torch.ones(48)
+    for dy in (torch.ones(48, 2), x[:1], x.to("meta")):
+        with pytest.raises(ValueError, match=r"rmsnorm_backward: dy \(.*x \(2, 48\) on cpu; allowed"):
+            rmsnorm_backward(dy, x, gain, EPS)

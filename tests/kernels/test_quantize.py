@@ -243,6 +243,8 @@ def test_zero_rows() -> None:
         (lambda: quantize_rows(torch.zeros(4, 32, dtype=torch.int32)), "int32"),
         (lambda: quantize_blocks(torch.zeros(24, 32)), r"\(24, 32\).*multiples of 16"),
         (lambda: quantize_columns(torch.zeros(4, 32), counts=[1, 2]), "sum to 3; the matrix has 4 rows"),
+        (lambda: quantize_columns(torch.zeros(4, 32), counts=[-1, 5]), "4 rows, each group 0 or more"),
+        (lambda: quantize_blocks(torch.zeros(32, 32, dtype=torch.int8)), "weight torch.int8 of shape .* a float"),
         (lambda: quantize_columns(torch.zeros(4, 32), counts=[5, -1]), "-1"),
         (lambda: requantize_columns(quantize_blocks(torch.zeros(32, 32))), "128x128"),
         (lambda: dequantize_groups(quantize_columns(torch.zeros(4, 32))), "without counts"),
