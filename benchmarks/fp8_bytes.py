@@ -23,7 +23,6 @@ any; 69 when a process fails.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -46,6 +45,8 @@ from launch.ledger.caches import layer_after_forward
 from launch.ledger.choices import Choices
 from launch.ledger.load import Load, balanced_load, ranks_per_token
 from model.config import ModelConfig, config_problems
+from train.command import CommandParser
+from train.compose import fp8_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_EXPERTS = ["num_routed_experts=8", "num_expert_groups=1", "groups_per_token=1"]
@@ -197,7 +198,7 @@ def print_cache(console: Console, kind: str, row: dict[str, Any], whole: dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Bytes sent and kept by layers, FP8 beside BF16.")
+    parser = CommandParser(description="Bytes sent and kept by layers, FP8 beside BF16.")
     parser.add_argument("--tokens", type=int, default=64, help="of each process, one sequence")
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="further changes to conf/model/v3")
     arguments = parser.parse_args(argv)
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         config = model_config([*FEW_EXPERTS, *arguments.model])
     except (OmegaConfBaseException, ValueError) as error:
         parser.exit(64, f"fp8_bytes: --model: {' '.join(str(error).split())}\n")
-    problems = config_problems(config)
+    problems = config_problems(config) or fp8_problems(config)
     if config.attention != "mla" or not config.q_lora_rank or config.num_routed_experts % RANKS[MOE]:
         problems.append(
             "model: allowed here are latent attention with compressed queries and an even number of experts"

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.fp8_figures import BASE, CONTROL, RECIPE, TARGET, Losses, Verdict, draw, judge, last_mean, smooth
 from benchmarks.fp8_run import START, VARIANTS, Finished, Run, load, save
 from data.errors import DataError
+from train.command import CommandParser
 from train.errors import AgreedError, CannotWriteError, ConfigError, RunError
 
 JUDGED = {BASE, RECIPE, CONTROL}
@@ -216,8 +217,23 @@ def study(given: argparse.Namespace, console: Console) -> int:
     return 1 if verdict.missed() else 0
 
 
+def refused(given: argparse.Namespace) -> str | None:
+    """The first number that cannot be meant."""
+    for key in ("steps", "length", "tokens", "seeds", "jobs"):
+        if getattr(given, key) < 1:
+            return f"--{key}: found {getattr(given, key)}, allowed 1 or more"
+    if given.start < 0:
+        return f"--start: found {given.start}, allowed 0 or more"
+    if given.tokens % given.length:
+        return f"--tokens: found {given.tokens}, allowed multiples of --length {given.length}"
+    for key in ("rate", "start_rate"):
+        if not 0 <= getattr(given, key) < math.inf:
+            return f"--{key.replace('_', '-')}: found {getattr(given, key)}, allowed 0 or more"
+    return None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Loss of FP8 training beside BF16, with a positive control.")
+    parser = CommandParser(description="Loss of FP8 training beside BF16, with a positive control.")
     parser.add_argument("--out", required=True, help="directory of the losses; finished runs in it are kept")
     parser.add_argument("--corpus", default="data_cache/demo", help="directory of a built corpus")
     parser.add_argument("--steps", type=int, default=1000)
@@ -232,13 +248,8 @@ def main() -> None:
     parser.add_argument("--image", default="fp8_study.png")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     given = parser.parse_args()
-    if (
-        given.start < 0
-        or min(given.steps, given.length, given.seeds, given.jobs) < 1
-        or given.tokens < 1
-        or given.tokens % given.length
-    ):
-        parser.exit(64, "fp8_study: --steps, --seeds, --jobs 1 or more, --tokens a multiple of --length\n")
+    if problem := refused(given):
+        parser.exit(64, f"fp8_study: {problem}\n")
     try:
         code = study(given, Console())
     except (DataError, RunError) as error:

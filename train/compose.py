@@ -94,7 +94,7 @@ def problems_of(config: RunConfig) -> list[str]:
     if not config.name or not all(part.strip(".") for part in config.name.split("/")):
         found.append(f"name: found '{config.name}', allowed a directory name below root (no empty part, no '..')")
     if config.precision.fp8:
-        found += _fp8_problems(m)
+        found += fp8_problems(m)
     if config.logging.wandb not in ("offline", "online", "disabled"):
         found.append(f"logging.wandb: found '{config.logging.wandb}', allowed offline, online, disabled")
     if config.resume not in ("auto", "never"):
@@ -112,7 +112,7 @@ def problems_of(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _fp8_problems(m: ModelConfig) -> list[str]:
+def fp8_problems(m: ModelConfig) -> list[str]:
     """Each side of every linear layer that runs in FP8 is the reduced one of one of its three products."""
     widths = {"hidden_size": m.hidden_size, "intermediate_size": m.intermediate_size}
     if m.has_experts:

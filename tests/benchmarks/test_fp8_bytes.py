@@ -145,6 +145,7 @@ def test_a_row_of_another_size_is_told() -> None:
         (["--tokens", "0"], "--tokens: found 0, must be at least 1"),
         (["--model", "widht=3"], "--model: Key 'widht'"),
         (["--model", "attention=gqa", "num_key_value_heads=2", "head_dim=32"], "allowed here are latent attention"),
+        (["--model", "hidden_size=40"], "model.hidden_size: found 40, precision.fp8 allows multiples of 16"),
         (["--model", "groups_per_token=2"], "found 2, at most num_expert_groups (1)"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import fp8_study
 from benchmarks.fp8_figures import judge, relative_difference
-from benchmarks.fp8_run import VARIANTS, Run, learning_rate, train
+from benchmarks.fp8_run import START, VARIANTS, Run, learning_rate, train
 from benchmarks.fp8_variants import e4m1_codes, quantised_as
 from kernels import swiglu
 from kernels.quantize import (
@@ -107,9 +108,14 @@ def test_the_cache_of_swiglu_is_no_operand() -> None:
 
 
 def test_learning_rate() -> None:
-    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    run = Run("bf16", 1, "", steps=1000, tokens=256, length=128, rate=2.0)
+    rates = [learning_rate(run, step) for step in range(1000)]
     assert rates[0] == pytest.approx(2 / 50) and max(rates) == rates[49] == 2.0
     assert rates[-1] == pytest.approx(0.04, rel=0.01) and rates[49:] == sorted(rates[49:], reverse=True)
+    start = replace(run, variant=START)
+    assert {learning_rate(start, step) for step in range(50, 1000)} == {2.0} and learning_rate(start, 0) == 2 / 50
+    # What goes on from a start has no warm-up.
+    assert learning_rate(replace(run, start=600), 0) == 2.0
 
 
 def test_relative_difference_is_signed() -> None:
@@ -145,10 +151,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_variants_differ_and_seeds_are_paired(corpus: Path) -> None:
+def test_variants_differ_and_seeds_are_paired(corpus: Path, tmp_path: Path) -> None:
     def first(variant: str, seed: int) -> tuple[float, list[int]]:
-        run = Run(variant, seed, str(corpus), 2, 64, 32, 1e-3, tuple(SMALL))
-        losses, labels = zip(*train(run), strict=True)
+        run = Run(variant, seed, str(corpus), 2, 64, 32, 1e-3, overrides=tuple(SMALL))
+        losses, labels = zip(*train(run, tmp_path), strict=True)
         return losses[1], np.concatenate(labels).tolist()
 
     found = {variant: first(variant, 1) for variant in VARIANTS}
@@ -169,7 +175,7 @@ def test_the_whole(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--corpus", str(corpus), "--tokens", "64", "--length", "32", "--seeds", "1"]
-    arguments += ["--image", str(tmp_path / "plot.png"), "--steps", "5"]
+    arguments += ["--image", str(tmp_path / "plot.png"), "--steps", "5", "--start", "2"]
     assert call(monkeypatch, *arguments, "--report", *SMALL) == 64
     assert "no seed has all" in capsys.readouterr().err
     assert call(monkeypatch, *arguments, *SMALL) == 1
@@ -189,5 +195,19 @@ def test_the_whole(
     assert "made with another rate" in capsys.readouterr().err
 
 
-def test_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert call(monkeypatch, "--out", str(tmp_path), "--tokens", "100") == 64
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "100"], "--tokens: found 100, allowed multiples of --length 128"),
+        (["--start", "-1"], "--start: found -1, allowed 0 or more"),
+        (["--seeds", "0"], "--seeds: found 0, allowed 1 or more"),
+        (["--start-rate", "nan"], "--start-rate: found nan, allowed 0 or more"),
+        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+    ],
+)
+def test_usage(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--out", str(tmp_path / "out"), *arguments) == 64
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f": {said}")
+    assert not (tmp_path / "out").exists()
