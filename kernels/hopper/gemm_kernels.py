@@ -181,18 +181,18 @@ def columns_by_columns(
         column = column_tile * TILE_COLUMNS
         own_rows = row + tl.arange(0, TILE_ROWS)
         own_columns = column + tl.arange(0, TILE_COLUMNS)
-        a_scales = a_scale_ptr + own_rows * a_scale_row_stride
-        even = column + 2 * tl.arange(0, TILE_COLUMNS // 2)
+        # What lies beyond an edge is not stored; its scales are read where there are some: a mask would be computed
+        # again in every block.
+        a_scales = a_scale_ptr + tl.minimum(own_rows, rows - 1) * a_scale_row_stride
+        even = tl.minimum(column + 2 * tl.arange(0, TILE_COLUMNS // 2), columns - 2)
         even_scales = b_scale_ptr + even * b_scale_row_stride
         sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
         for block in tl.range(first_block, end_block):
             a = a_desc.load([row, block * BLOCK])
             b = b_desc.load([column, block * BLOCK])
-            a_scale = tl.load(a_scales + block * a_scale_block_stride, mask=own_rows < rows, other=0.0)
-            b_scale_even = tl.load(even_scales + block * b_scale_block_stride, mask=even < columns, other=0.0)
-            b_scale_odd = tl.load(
-                even_scales + b_scale_row_stride + block * b_scale_block_stride, mask=even < columns, other=0.0
-            )
+            a_scale = tl.load(a_scales + block * a_scale_block_stride)
+            b_scale_even = tl.load(even_scales + block * b_scale_block_stride)
+            b_scale_odd = tl.load(even_scales + b_scale_row_stride + block * b_scale_block_stride)
             b_scale = tl.join(b_scale_even, b_scale_odd).reshape(TILE_COLUMNS)
             sums = tl.fma(tl.dot(a, b.T) * a_scale[:, None], b_scale[None, :], sums)
         places = out_ptr + (expert * rows + own_rows)[:, None].to(tl.int64) * columns + own_columns[None, :]

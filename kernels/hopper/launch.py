@@ -133,8 +133,7 @@ def _start(
     num_stages: int,
 ) -> None:
     if out.device.type == "cuda":
-        if num_sms is None:
-            num_sms = torch.cuda.get_device_properties(out.device).multi_processor_count
+        num_sms = num_sms or torch.cuda.get_device_properties(out.device).multi_processor_count
         # Of the calling thread; the backward pass has its own.
         triton.set_allocator(_workspace)
         with torch.cuda.device(out.device):

@@ -93,6 +93,8 @@ def rmsnorm_backward(
     `num_sms` (multiprocessors to occupy, None: 132)."""
     if x.dtype not in FLOATS:
         return definition.rmsnorm_backward(dy, x, gain_D, eps)
+    if dy.shape != x.shape:
+        raise ValueError(f"rmsnorm_backward: dy {tuple(dy.shape)}, x {tuple(x.shape)}; they must have one shape")
     matrix, block = _matrix(x, gain_D, "rmsnorm_backward")
     rows, width = matrix.shape
     wide_dy = layout.readable(dy.reshape(rows, width))
