@@ -141,6 +141,9 @@ def test_every_gate_of_a_stream_is_held_by_itself() -> None:
     for gate, cases in wrong.items():
         for fields in cases:
             assert [failure.gate for failure in held_against(row, replace(COPY, **fields))] == [gate]
+    slow = replace(COPY, stream_instructions=1000)  # 250 clocks; memory's are 221
+    assert held_against(replace(row, issue=1.2), slow) == []
+    assert [failure.gate for failure in held_against(replace(row, issue=1.1), slow)] == ["issue clocks"]
 
 
 def test_clocks_of_a_copy() -> None:
