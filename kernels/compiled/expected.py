@@ -186,7 +186,7 @@ EXPECTED: tuple[Row, ...] = (
     Stream("swiglu tiles weighted", 4, {32: 5}),
     Stream("swiglu weighted", 4, {32: 4}),
     Stream("take rows", 4, {64: 4}),
-    Stream("take scales", 4, {32: 8, 64: 4}),
+    Stream("take scales", 4, {32: 8, 64: 8}),
     Stream("sum rows 256 bf16", 1, {64: 10}),
     Stream("sum rows 256 fp32", 1, {64: 10}),
     Stream("sum rows 1024 bf16", 4, {64: 10}),
