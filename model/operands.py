@@ -15,6 +15,9 @@ from kernels.e5m6 import E5M6
 from kernels.observe import Operand
 from kernels.quantize import Quantized
 
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
+Check = Callable[[str, str, torch.Tensor, Callable[[Elementwise], torch.Tensor]], None]
+
 
 @dataclass(frozen=True)
 class Input:
@@ -42,12 +45,19 @@ class Box:
 
     def __init__(self) -> None:
         self._value: Arrived | None = None
+        self._promised = False
+
+    def promise(self) -> None:
+        """What autograd will carry is a stand-in: without its gradient here it would count as zeros."""
+        self._promised = True
 
     def put(self, value: Arrived) -> None:
         self._value = value
 
     def take(self) -> Arrived | None:
         value, self._value = self._value, None
+        if value is None and self._promised:
+            raise RuntimeError("a gradient in FP8 was promised to a linear and did not come")
         return value
 
 

@@ -21,12 +21,9 @@ from kernels import gemm, grouped
 from kernels.backends import Kernels, torch_kernels
 from kernels.observe import Operand
 from kernels.quantize import Quantized
-from model.operands import USED, Arrived, Box, Input, Kept, stand_in
+from model.operands import USED, Arrived, Box, Check, Input, Kept, stand_in
 from model.recompute import Cell
 from parallel.pipeline.store import WeightGradStore
-
-Elementwise = Callable[[torch.Tensor], torch.Tensor]
-Check = Callable[[str, str, torch.Tensor, Callable[[Elementwise], torch.Tensor]], None]
 
 
 def _remembered(q: Quantized) -> Quantized:
@@ -241,6 +238,7 @@ class Ops:
         if self._fused:
             dtype = gate_up.dtype
             kept, rows = kernel.swiglu_tiles(gate_up.detach(), w)
+            box.promise()
             hidden = _FusedSwiGLU.apply(gate_up, row_weight, kept, self, counts, box)
             columns = Cell(lambda: _remembered(kernel.swiglu_columns(kept, w, counts, dtype)))
             return hidden, Input(

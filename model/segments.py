@@ -151,6 +151,8 @@ class SegmentedLayer:
     ) -> torch.Tensor:
         rows, box = received.rows, state.box
         entering = stand_in(rows, dtype) if isinstance(rows, Quantized) else rows
+        if isinstance(rows, Quantized):
+            box.promise()
         assert received.weights_X is not None
         (out,) = state.experts.run(lambda x, w: self._experts(x, w, received, exact, box), entering, received.weights_X)
         return out

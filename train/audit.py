@@ -29,7 +29,8 @@ from kernels import tiles
 from kernels.observe import Operand, OperandRecord, observing
 from kernels.quantize import E4M3_MAX, ROW_TILE, Quantized
 from kernels.tiles import TILE
-from model.ops import Elementwise, Ops
+from model.operands import Elementwise
+from model.ops import Ops
 from train.agree import gather_json, together
 from train.errors import CannotWriteError
 

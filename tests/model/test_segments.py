@@ -18,6 +18,7 @@ from model.attention_core import Geometry
 from model.balance import BalanceWeights
 from model.initialize import initialize
 from model.layer import TransformerLayer
+from model.operands import Box
 from model.ops import Ops
 from model.recompute import Cell
 from model.rope import Rotary
@@ -356,3 +357,12 @@ def test_the_mlp_norm_lives_until_the_routers_gradient(monkeypatch: pytest.Monke
         s.segmented.ops.store.run(bag)
     assert alive == [True, True, True]
     assert value.expired()
+
+
+def test_a_promised_gradient_that_does_not_come_is_an_error() -> None:
+    """Its stand-in is zeros: taken for the gradient, it would train nothing and say nothing."""
+    box = Box()
+    assert box.take() is None
+    box.promise()
+    with pytest.raises(RuntimeError, match="promised"):
+        box.take()
