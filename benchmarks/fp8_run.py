@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.fp8_variants import quantised_as
 from data.contract import IGNORE
-from data.manifest import load_manifest
-from data.stream import open_stream
+from data.store.manifest import load_manifest
+from data.stream.stream import open_stream
 from parallel.config import ParallelConfig
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.checkpoint_format import step_name

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.blocks import BlockStore
 from data.contract import Manifest
 from data.documents import Document, read_jsonl
 from data.errors import DataError
-from data.manifest import load_manifest
+from data.store.blocks import BlockStore
+from data.store.manifest import load_manifest
 from data.tokenizer import BOS_ID, EOS_ID, decode, encode, load_tokenizer
 
 UNICODE_CODE_POINTS = 0x110000

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data.contract import StepCounts, StreamState
-from data.stream import Stream, open_stream
+from data.stream.stream import Stream, open_stream
 from kernels.backends import BackendError, Kernels, resolve
 from model.groups import group_table
 from model.names import canonical_shapes, moe_layers

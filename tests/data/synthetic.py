@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.blocks import write_block
 from data.contract import Manifest, Source
 from data.documents import Document
-from data.manifest import FORMAT_VERSION, MANIFEST_FILE, manifest_json, with_digest
+from data.store.blocks import write_block
+from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, manifest_json, with_digest
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 800)]
 SYLLABLES = ["ba", "ke", "ti", "so", "mu", "ra", "ne", "lo", "vi", "da", "th", "er"]

@@ -17,14 +17,14 @@ from rich.console import Console
 
 import data.build
 from data.baselines import baselines, heldout_documents, heldout_tokens
-from data.blocks import BlockStore
 from data.build import build
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.documents import Document
 from data.errors import DataError
-from data.manifest import load_manifest
 from data.minhash import jaccard, shingles
-from data.stream import open_stream
+from data.store.blocks import BlockStore
+from data.store.manifest import load_manifest
+from data.stream.stream import open_stream
 from data.tokenizer import decode, load_tokenizer
 from tests.data.synthetic import english, planted, write_jsonl
 

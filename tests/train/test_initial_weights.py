@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.stream import open_stream
+from data.stream.stream import open_stream
 from model.huggingface import DTYPES, ReleasedFolder, export_model
 from model.names import canonical_tensors, load_canonical
 from model.released_family import differing_fields

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.blocks import split_into_blocks
-from data.packing import best_fit_decreasing, best_fit_reference, pack, packed_count
+from data.store.blocks import split_into_blocks
+from data.stream.packing import best_fit_decreasing, best_fit_reference, pack, packed_count
 
 
 @settings(max_examples=150, deadline=None)

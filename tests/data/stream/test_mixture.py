@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UsageError
-from data.mixture import Mixture
+from data.stream.mixture import Mixture
 
 TRICKY = [1, 100, 20, 100, 5, 1]
 

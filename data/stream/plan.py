@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from data.blocks import BlockStore
 from data.contract import Plan
 from data.errors import DataError
-from data.packing import packed_count
+from data.store.blocks import BlockStore
+from data.stream.packing import packed_count
 
 
 def plan_file(length: int) -> str:

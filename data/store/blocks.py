@@ -17,8 +17,8 @@ import numpy as np
 
 from data.contract import Block, Manifest
 from data.errors import DataError
-from data.manifest import TOKEN_DTYPE
 from data.publish import make_directory, write_file
+from data.store.manifest import TOKEN_DTYPE
 
 OPEN_BLOCKS = 64
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.blocks import BlockStore
 from data.contract import IGNORE, Manifest, MicroBatch, StreamState
 from data.errors import DataError, UsageError
-from data.manifest import MANIFEST_FILE, load_manifest, manifest_json, with_digest
-from data.plan import build_plan, load_plan, plan_file, plan_json
-from data.stream import Stream, open_stream
+from data.store.blocks import BlockStore
+from data.store.manifest import MANIFEST_FILE, load_manifest, manifest_json, with_digest
+from data.stream.plan import build_plan, load_plan, plan_file, plan_json
+from data.stream.stream import Stream, open_stream
 from tests.data.synthetic import VOCABULARY, token_corpus
 
 LENGTH = 32

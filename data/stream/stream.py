@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.blocks import BlockStore
 from data.config import parse_weight
 from data.contract import IGNORE, MicroBatch, Plan, StepCounts, StreamState
 from data.errors import DataError, UsageError
 from data.hashing import json_sha256, key64, permutation
-from data.manifest import load_manifest, verify_files
-from data.mixture import Mixture
-from data.packing import PackedBlock, pack
-from data.plan import load_plan
+from data.store.blocks import BlockStore
+from data.store.manifest import load_manifest, verify_files
+from data.stream.mixture import Mixture
+from data.stream.packing import PackedBlock, pack
+from data.stream.plan import load_plan
 
 PACKED_BLOCKS = 64
 
