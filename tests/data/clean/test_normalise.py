@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import unicodedata
 
-from data.language import language
-from data.normalise import normalise
+from data.clean.language import language
+from data.clean.normalise import normalise
 
 
 def test_one_form() -> None:

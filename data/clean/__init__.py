@@ -1,0 +1,1 @@
+"""From documents as read to documents worth training on: normalisation, language, quality, decontamination."""

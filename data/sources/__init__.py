@@ -1,0 +1,1 @@
+"""Reading documents: jsonl, parquet and text, local or remote, in batches that can be resumed anywhere."""
