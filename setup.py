@@ -35,7 +35,8 @@ setup(
         "gpu": ["triton>=3.6"],
         "deepspeed": ["deepspeed"],
         "te": ["transformer-engine[pytorch]>=2.20.2,<2.21"],
+        "fast": ["gigatoken>=0.10,<0.11"],
         "slurm": ["submitit", "hydra-submitit-launcher"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "triton>=3.6"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "triton>=3.6", "gigatoken>=0.10,<0.11"],
     },
 )

@@ -27,12 +27,13 @@ VOCAB_MULTIPLE = 128
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
-# The three patterns of DeepSeek-V3's released tokenizer.json.
+# The three patterns of DeepSeek-V3's released tokenizer.json, character by character: fast encoders know them by their
+# spelling.
 NUMBERS = r"\p{N}{1,3}"
 HAN_KANA = "[一-龥\u3040-ゟ゠-ヿ]"
 WORDS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 
 
