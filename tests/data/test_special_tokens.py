@@ -40,7 +40,7 @@ def test_named_by_its_settings_also_as_an_object(tmp_path: Path) -> None:
 
 
 def test_without_an_end(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no end token: tokenizer_config.json must name it as eos_token"):
+    with pytest.raises(DataError, match=r"has no end token: tokenizer_config\.json must name it as eos_token"):
         special_tokens(tokenizer("<s>"), tmp_path)
 
 
