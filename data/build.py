@@ -25,12 +25,12 @@ from data.clean.language import language
 from data.clean.normalise import normalise
 from data.config import DataConfig, parse_weight, validate
 from data.contract import Manifest, Source
-from data.dedup import exact_duplicates, near_duplicates
+from data.dedup.memory import exact_duplicates, near_duplicates
+from data.dedup.minhash import MinHash
 from data.documents import Document, read_jsonl
 from data.errors import DataError
 from data.hashing import canonical_json, file_sha256, json_sha256, key64
 from data.ledger import Ledger
-from data.minhash import MinHash
 from data.publish import locked, make_directory, published, write_file
 from data.store.blocks import BlockStore, split_into_blocks, write_block
 from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, manifest_json, verify_files, with_digest

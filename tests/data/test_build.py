@@ -21,7 +21,7 @@ from data.build import build
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.documents import Document
 from data.errors import DataError
-from data.minhash import jaccard, shingles
+from data.dedup.minhash import jaccard, shingles
 from data.store.blocks import BlockStore
 from data.store.manifest import load_manifest
 from data.stream.stream import open_stream

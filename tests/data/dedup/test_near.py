@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-import re
 import unicodedata
 
 import numpy as np
 import pytest
 
-from data import minhash
-from data.dedup import exact_duplicates, near_duplicates
+from data.dedup.fold import tokens
+from data.dedup.memory import exact_duplicates, near_duplicates
+from data.dedup.minhash import MinHash, jaccard, shingles, signature_reference, signatures
 from data.documents import Document
-from data.minhash import MinHash, jaccard, shingles, signature_reference, signatures, tokens
 from tests.data.synthetic import planted
 
 THRESHOLD = 0.7
@@ -76,14 +75,6 @@ def test_planted_copies_against_brute_force(corpus: list[Document]) -> None:
     assert sum(found.survivor[i] == found.survivor[i - 1] for i in lightly) == len(lightly)
     heavily = [i for i, document in enumerate(corpus) if document.id.endswith("/0.3")]
     assert found.keep[heavily].all()
-
-
-def test_whole_words_would_miss_chinese_copies(corpus: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
-    lightly = [i for i, d in enumerate(corpus) if d.language == "zh" and d.id.endswith(("/0.01", "/0.02"))]
-    monkeypatch.setattr(minhash, "TOKEN", re.compile(r"\w+"))
-    found = near_duplicates(corpus, MinHash(), THRESHOLD)
-    together = [found.survivor[i] == found.survivor[5 * (i // 5)] for i in lightly]
-    assert np.mean(together) < 0.8
 
 
 def test_signature_is_its_definition_and_estimates_jaccard(corpus: list[Document]) -> None:
