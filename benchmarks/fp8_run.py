@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -38,7 +39,8 @@ WARM_UP, LAST_RATE, BIAS_UPDATE = 0.05, 0.02, 0.003
 @dataclass(frozen=True)
 class Run:
     """One variant with one seed. tokens: of a step; length: of a sequence; rate: the largest learning rate. start:
-    steps of the run in BF16 that it goes on from, weights and moments and data; 0: from fresh weights.
+    steps of the run in BF16 that it goes on from, weights and moments and data; 0: from fresh weights. distinct: how
+    many sequences are read before they come again; 0: as many as the corpus has.
 
     Runs of one seed start from the same weights and read the same data in the same order.
     """
@@ -51,6 +53,7 @@ class Run:
     length: int
     rate: float
     start: int = 0
+    distinct: int = 0
     overrides: tuple[str, ...] = ()
 
     @property
@@ -106,7 +109,7 @@ def train(run: Run, folder: Path) -> Iterator[tuple[float, np.ndarray]]:
         engine.ops.new_step()
     with quantised_as(form) if form else nullcontext():
         for step in range(run.steps):
-            first = (run.start + step) * sequences
+            first = (run.start + step) * sequences % (run.distinct or sys.maxsize)
             order = engine.sample_order(first, sequences, sequences)
             batches = {key: stream.read(chosen) for key, chosen in order.items()}
             rate = learning_rate(run, step)

@@ -166,6 +166,7 @@ def summary(found: dict[Run, Finished], losses: Losses, verdict: Verdict, given:
         "start_steps": given.start,
         "steps": given.steps,
         "tokens_per_step": given.tokens,
+        "distinct_sequences": given.distinct,
         "seeds": list(losses[BASE]),
         "relative_difference": {k: {str(s): v for s, v in d.items()} for k, d in verdict.differences.items()},
         "mean": verdict.mean,
@@ -190,7 +191,9 @@ def study(given: argparse.Namespace, console: Console) -> int:
     folder, settings, seeds = Path(given.out), tuple(given.overrides), range(1, given.seeds + 1)
 
     def run(variant: str, seed: int, steps: int, rate: float, start: int) -> Run:
-        return Run(variant, seed, given.corpus, steps, given.tokens, given.length, rate, start, settings)
+        return Run(
+            variant, seed, given.corpus, steps, given.tokens, given.length, rate, start, given.distinct, settings
+        )
 
     starts = [run(START, seed, given.start, given.start_rate, 0) for seed in seeds if given.start]
     # What the verdict needs comes first.
@@ -224,6 +227,9 @@ def refused(given: argparse.Namespace) -> str | None:
             return f"--{key}: found {getattr(given, key)}, allowed 1 or more"
     if given.start < 0:
         return f"--start: found {given.start}, allowed 0 or more"
+    if given.distinct < 0 or given.distinct % max(1, given.tokens // given.length):
+        sequences = max(1, given.tokens // given.length)
+        return f"--distinct: found {given.distinct}, allowed 0 and multiples of a step's {sequences} sequences"
     if given.tokens % given.length:
         return f"--tokens: found {given.tokens}, allowed multiples of --length {given.length}"
     for key in ("rate", "start_rate"):
@@ -242,6 +248,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 1")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--distinct", type=int, default=0, help="sequences read before they come again; 0: no limit")
     parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing; judge the finished runs")

@@ -163,6 +163,16 @@ def test_variants_differ_and_seeds_are_paired(corpus: Path, tmp_path: Path) -> N
     assert first("bf16", 1) == found["bf16"] and first("bf16", 2)[1] != found["bf16"][1]
 
 
+def test_sequences_that_come_again(corpus: Path, tmp_path: Path) -> None:
+    def labels(distinct: int) -> list[list[int]]:
+        run = Run("bf16", 1, str(corpus), 5, 64, 32, 1e-3, distinct=distinct, overrides=tuple(SMALL))
+        return [found.tolist() for _, found in train(run, tmp_path)]
+
+    again, endless = labels(4), labels(0)
+    assert again[:2] == again[2:4] == endless[:2] and again[4] == again[0]
+    assert endless[2] not in (endless[0], endless[1])
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["fp8_study", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -199,6 +209,7 @@ def test_the_whole(
     ("arguments", "said"),
     [
         (["--tokens", "100"], "--tokens: found 100, allowed multiples of --length 128"),
+        (["--distinct", "3"], "--distinct: found 3, allowed 0 and multiples of a step's 2 sequences"),
         (["--start", "-1"], "--start: found -1, allowed 0 or more"),
         (["--seeds", "0"], "--seeds: found 0, allowed 1 or more"),
         (["--start-rate", "nan"], "--start-rate: found nan, allowed 0 or more"),
