@@ -18,13 +18,14 @@ BYTES = 256
 
 @dataclass
 class FetchConfig:
-    """`python -m data fetch`. out: directory for raw jsonl. wheels: cache of downloads, `out`/wheels if empty.
-    cap_bytes: English text kept.
+    """`python -m data fetch`. out: directory for what is fetched. wheels: cache of downloads, `out`/wheels if empty.
+    cap_bytes: English text kept of the demo's corpus. corpus: demo, standard or tokenizers.
     """
 
     out: str = "data_cache/raw"
     wheels: str = ""
     cap_bytes: int = 1_800_000
+    corpus: str = "demo"
 
 
 @dataclass
