@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from data.look.html import Picture, html_page, picture_section
 from train.console import short
 from train.model_flops import engineering, stage_flops
 from train.record import RunRecord, label_name, language_name
@@ -17,12 +16,6 @@ MARK = {Grade.GOOD: "✓", Grade.UNKNOWN: "?", Grade.WARN: "!", Grade.BAD: "✗"
 WORD = {Grade.GOOD: "good", Grade.UNKNOWN: "unknown", Grade.WARN: "warn", Grade.BAD: "bad"}
 
 STYLE = """
-:root { --ink: #1f2933; --faint: #616e7c; --line: #e4e7eb; --good: #1b7837; --warn: #b35900; --bad: #b2182b;
-  --unknown: #7b8794; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px;
-  padding: 24px 20px 60px; }
-h1 { font-size: 20px; margin: 0; } h2 { font-size: 18px; margin: 40px 0 2px; }
-p { margin: 4px 0 10px; max-width: 78ch; } .faint { color: var(--faint); }
 .verdict { color: white; border-radius: 8px; padding: 14px 20px; margin: 14px 0 16px; font-size: 24px;
   font-weight: 650; } .verdict small { display: block; font-size: 14px; font-weight: 400; opacity: .92; }
 .verdict.good { background: var(--good); } .verdict.warn { background: var(--warn); }
@@ -36,31 +29,16 @@ p { margin: 4px 0 10px; max-width: 78ch; } .faint { color: var(--faint); }
 .check.bad b span { color: var(--bad); } .check.unknown b span { color: var(--unknown); }
 .check strong { display: block; font-size: 20px; line-height: 1.35; }
 .check div { font-size: 12.5px; line-height: 1.4; color: var(--faint); }
-img { width: 100%; height: auto; margin-top: 6px; }
-table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: right; }
-th { font-weight: 600; } th:first-child, td:first-child, th.left, td.left { text-align: left; }
-tr.baseline td { color: var(--faint); } tr.first td { border-top: 2px solid #cbd2d9; }
-@media print { .check, img, table { break-inside: avoid; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+tr.baseline td { color: var(--faint); }
+@media print { .check { break-inside: avoid; } }
 """
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A section: heading, one or two sentences on how to read it, the PNG."""
-
-    heading: str
-    text: str
-    name: str
-    png: bytes
 
 
 def page(run: RunRecord, verdict: Verdict, pictures: Sequence[Picture], missing: Sequence[str]) -> str:
     """The whole page. `missing`: what could not be drawn and why, said at the end."""
     name = str(run.config.get("name") or run.directory.name)
     title = f"{name}: {verdict.headline}"
-    sections = [_picture(picture) for picture in pictures]
+    sections = [picture_section(picture) for picture in pictures]
     table = evaluation_table(run)
     if table:
         place = next((i + 1 for i, picture in enumerate(pictures) if picture.name == "evaluation"), len(sections))
@@ -74,16 +52,12 @@ def page(run: RunRecord, verdict: Verdict, pictures: Sequence[Picture], missing:
             "<h2>Not shown</h2><ul>" + "".join(f"<li>{escape(reason)}</li>" for reason in missing) + "</ul>"
         )
     aside = f"<small>{escape(verdict.aside[0].upper() + verdict.aside[1:])}</small>" if verdict.aside else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        f'<h1>Run {escape(name)} <span class="faint">{escape(_subtitle(run))}</span></h1>\n'
-        f'<div class="verdict {WORD[verdict.grade]}">{MARK[verdict.grade]} {escape(verdict.headline)}{aside}</div>\n'
-        f'<div class="checks">{"".join(map(_check, verdict.checks))}</div>\n'
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
+    head = [
+        f'<h1>Run {escape(name)} <span class="faint">{escape(_subtitle(run))}</span></h1>',
+        f'<div class="verdict {WORD[verdict.grade]}">{MARK[verdict.grade]} {escape(verdict.headline)}{aside}</div>',
+        f'<div class="checks">{"".join(map(_check, verdict.checks))}</div>',
+    ]
+    return html_page(title, STYLE, head + sections)
 
 
 def _check(check: Check) -> str:
@@ -91,14 +65,6 @@ def _check(check: Check) -> str:
     return (
         f'<div class="check {word}"><b>{escape(check.title)}<span>{MARK[check.grade]} {word}</span></b>'
         f"<strong>{escape(check.figure)}</strong><div>{escape(check.text)}</div></div>"
-    )
-
-
-def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    return (
-        f'<h2>{escape(picture.heading)}</h2><p class="faint">{escape(picture.text)}</p>'
-        f'<img alt="{escape(picture.heading)}" src="data:image/png;base64,{data}">'
     )
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from data.look.html import Picture
 from parallel.schedule.drawing import Panel, draw_timelines
 from train.figures import evaluation_figure, expert_figure, loss_figure, throughput_figure
 from train.metrics import write_text_atomically
 from train.model_flops import stage_flops
-from train.page import MARK, Picture, page
+from train.page import MARK, page
 from train.record import RecordError, RunRecord, read_run
 from train.verdict import Grade, Verdict, judge
 
