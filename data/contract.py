@@ -1,8 +1,8 @@
 """What the token stream promises: the manifest, the plan, step batches with their denominators, and the state.
 
-The stream is a function `(manifest, plan, seed, sample index) -> tokens`. Order, packing and mixture never depend on
-how many ranks read it. Batch metadata (labels, positions, MTP tokens, document ids) is read by index at every stage
-that needs it and never travels between stages.
+The stream is a function `(manifest, seed, stage's settings, sample index) -> tokens`. Order, packing, mixture and
+fill-in-the-middle never depend on how many ranks read it. Batch metadata (labels, positions, MTP tokens, document ids)
+is read by index at every stage that needs it and never travels between stages.
 
 Documents are stored as `BOS + tokens + EOS`. A packed sequence holds whole documents (or pieces of documents longer
 than the sequence); position i predicts token i + 1. A label is IGNORE where the next token belongs to another document
@@ -12,32 +12,54 @@ i + k + 1; its label is IGNORE unless both lie in the same document piece as i.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from data.errors import DataError
+from data.store.names import block_stem
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Block:
-    """A token block on disk: `file` (uint32 little-endian tokens), its document offsets, and digests that guard it."""
+    """A token block: whole documents of one source. Its files are named by the source and the number of the block.
 
-    file: str
+    sha256, index_sha256, ids_sha256: of `file` (uint32 little-endian tokens), `index_file` (document offsets) and
+    `ids_file` (identities of the documents; "" where the corpus has none).
+    """
+
+    source: str
+    number: int
     documents: int
     tokens: int
     sha256: str
-    index_file: str
     index_sha256: str
+    ids_sha256: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{block_stem(self.source, self.number)}.bin"
+
+    @property
+    def index_file(self) -> str:
+        return f"{block_stem(self.source, self.number)}.npy"
+
+    @property
+    def ids_file(self) -> str:
+        return f"{block_stem(self.source, self.number)}.ids.json"
 
 
 @dataclass(frozen=True)
 class Source:
     """One language or domain of the mixture.
 
-    tokens counts BOS and EOS. text_bytes: UTF-8 bytes of the texts. weight: relative share in the mixture where a
-    stage names none, a rational ("1/3").
+    tokens counts BOS and EOS. text_bytes: UTF-8 bytes of the texts, 0 where they are not known. blocks: in the order of
+    their numbers; a `BlockTable` where read from disk. weight: relative share in the mixture where a stage names none,
+    a rational ("1/3").
     """
 
     name: str
@@ -45,13 +67,14 @@ class Source:
     documents: int
     tokens: int
     text_bytes: int
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
     weight: str = "1"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json` of a tokenised corpus. digest: sha256 over everything else in it."""
+    """`manifest.json` of a tokenised corpus. digest: sha256 over everything else in it. fim_ids: the tokenizer's begin,
+    hole and end for fill-in-the-middle; empty if it has none."""
 
     version: int
     tokenizer_sha256: str
@@ -61,18 +84,7 @@ class Manifest:
     pad_id: int
     sources: tuple[Source, ...]
     digest: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Packed sequences per block for one sequence length: `sequences[source name][block]`, blocks in manifest order.
-
-    Counts depend on document lengths alone, so they hold for every seed and epoch.
-    """
-
-    manifest_digest: str
-    length: int
-    sequences: dict[str, tuple[int, ...]]
+    fim_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ class MicroBatch:
     """Some sequences of one step. b sequences of T tokens, D MTP depths; all arrays int64 unless said.
 
     tokens, labels, positions, documents: [b, T]. positions restart at 0 only at the start of the sequence (V3 has no
-    cross-document mask in pre-training). documents: number of the document within its source, -1 on padding.
+    cross-document mask in pre-training); batches of one shape share them: do not write there. documents: number of the
+    document within its source, -1 on padding.
     mtp_tokens, mtp_labels: [D, b, T]; mtp_tokens[k - 1, :, i] is tokens[:, i + k], PAD beyond the end. real: [b, T]
     bool, False on padding. source: [b] index into `TokenStream.source_names`.
     """
@@ -110,24 +123,39 @@ class StepCounts:
     sources: dict[str, int] = field(default_factory=dict)
 
 
+STATE_VERSION = 2
+
+
 @dataclass(frozen=True)
 class StreamState:
     """Position in the stream, the same on every rank, plain JSON, under 2 KB.
 
-    per_source: samples taken from each. stream_digest: of everything else that fixes the order (length, weights,
-    starting blocks).
+    sample: samples served. per_source: samples taken from each source of the manifest, skipped ones included.
+    stream_digest: of everything else that fixes the order so far (length, weights, FIM rate, document lengths, starting
+    blocks, ranges skipped).
     """
 
+    version: int
     manifest_digest: str
     seed: int
     stage: str
     sample: int
-    per_source: dict[str, int]
-    stream_digest: str = ""
+    per_source: list[int]
+    stream_digest: str
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> StreamState:
+        """The inverse of `asdict`. Error: DataError for another version of the format or a damaged state."""
+        if value.get("version") != STATE_VERSION:
+            raise DataError(f"stream state has version {value.get('version')}, this program reads {STATE_VERSION}")
+        try:
+            return StreamState(**value)
+        except TypeError as error:
+            raise DataError(f"damaged stream state: {error}") from None
 
 
 class TokenStream(Protocol):
-    """One stage's stream (one sequence length)."""
+    """One stage's stream (one sequence length). source_names: all sources of the manifest."""
 
     source_names: tuple[str, ...]
 

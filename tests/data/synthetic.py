@@ -12,7 +12,7 @@ import numpy as np
 from data.contract import Manifest, Source
 from data.documents import Document
 from data.store.blocks import write_block
-from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, manifest_json, with_digest
+from data.store.manifest import FORMAT_VERSION, with_digest, write_manifest
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 800)]
 SYLLABLES = ["ba", "ke", "ti", "so", "mu", "ra", "ne", "lo", "vi", "da", "th", "er"]
@@ -67,10 +67,10 @@ def token_corpus(directory: Path, documents: Mapping[str, int], block_documents:
             content = [rng.randrange(3, VOCABULARY) for _ in range(int(rng.lognormvariate(3.2, 1.0)) + 1)]
             stored.append(np.array([0, *content, 1], dtype=np.uint32))
         blocks = tuple(
-            write_block(directory, f"blocks/{name}/{first:06d}", stored[first : first + block_documents])
-            for first in range(0, count, block_documents)
+            write_block(directory, name, number, stored[first : first + block_documents])
+            for number, first in enumerate(range(0, count, block_documents))
         )
         sources.append(Source(name, "en", count, sum(map(len, stored)), 1, blocks))
     manifest = with_digest(Manifest(FORMAT_VERSION, "0" * 64, VOCABULARY, 0, 1, 2, tuple(sources), ""))
-    (directory / MANIFEST_FILE).write_bytes(manifest_json(manifest))
+    write_manifest(directory, manifest)
     return manifest
