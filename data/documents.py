@@ -1,7 +1,7 @@
 """Raw documents: reading them from jsonl, with every fault named by file and place.
 
 A line is {"id": str, "text": str, ...}; other fields are ignored. Files are read in bytes, so that a fault in the
-encoding has an exact offset.
+encoding has an exact offset. `read_jsonl` is the plain form of data/sources/read.py, which reads the other kinds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from data.errors import DataError
+
+DOCUMENTS = pa.schema(
+    [("source", pa.string()), ("id", pa.string()), ("language", pa.string()), ("text", pa.large_string())]
+)
+"""Shards of documents between stages. (source, id) is a document's identity, kept to the end."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def read_jsonl(path: Path, source: str, language: str) -> Iterator[Document]:
 def _parse(line: str, path: Path, number: int, source: str, language: str) -> Document:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"source '{source}': {path} line {number} is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"source '{source}': {path} line {number}: found {type(record).__name__}, need an object")
