@@ -31,3 +31,9 @@ class BusyError(DataError):
     """Another process builds the same output (exit 76)."""
 
     exit_code = 76
+
+
+class WorkerLostError(DataError):
+    """A worker process died (exit 69)."""
+
+    exit_code = 69

@@ -159,7 +159,7 @@ class Trainer:
         state = self.state
         if not state.stream:
             return
-        saved, now = StreamState(**state.stream), stream.state(state.sample)
+        saved, now = StreamState.from_json(state.stream), stream.state(state.sample)
         if saved.stage == stage.name:
             stream.resume(saved)
         elif state.sample:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -58,12 +59,32 @@ class Mixture:
 
 
 def _table(share_S: np.ndarray) -> np.ndarray:
+    share, period = share_S.tolist(), int(share_S.sum())
+    taken = [0] * len(share)
+    # Source i may give its next sample from the step at which its share exceeds what it gave.
+    released: list[list[int]] = [[] for _ in range(period + 1)]
+    released[1] = list(range(len(share)))
+    ready: list[tuple[float, int]] = []
+    source_K = []
+    for k in range(1, period + 1):
+        for source in released[k]:
+            # Quotients of integers below 2^53 are equal as floats exactly when they are equal as rationals of
+            # denominators this small.
+            heappush(ready, ((taken[source] + 1) / share[source], source))
+        _, chosen = heappop(ready)
+        source_K.append(chosen)
+        taken[chosen] += 1
+        if taken[chosen] < share[chosen]:
+            released[max(k, taken[chosen] * period // share[chosen]) + 1].append(chosen)
+    return np.array(source_K, dtype=np.int64)
+
+
+def table_reference(share_S: np.ndarray) -> np.ndarray:
+    """Definition of the table, a look at every source at every step: int64 [W]."""
     period = int(share_S.sum())
     taken_S = np.zeros_like(share_S)
     source_K = np.empty(period, dtype=np.int64)
     for k in range(1, period + 1):
-        # Quotients of integers below 2^53 are equal as floats exactly when they are equal as rationals of denominators
-        # this small.
         deadline_S = np.where(taken_S * period < share_S * k, (taken_S + 1) / share_S, np.inf)
         source_K[k - 1] = chosen = int(np.argmin(deadline_S))
         taken_S[chosen] += 1

@@ -4,11 +4,12 @@ Modeling), inside one block.
 Documents longer than a sequence are cut into pieces of the full length and one remainder; no other document is cut.
 Only lengths are looked at, so the number of sequences is known from the index alone and is the same for every order of
 the documents.
+
+Shape letters: D documents, P pieces, S sequences, N items.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,15 @@ import numpy as np
 
 from data.hashing import permutation
 
+KEYS = 1 << 64
+
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """The sequences of one block in the order they are read. Pieces P lie sorted by sequence S, and within it by
-    place.
+    """The sequences of one block in the order they are read. Pieces lie sorted by sequence, and within it by place.
 
-    document_P: index of the document in the block. start_P: first token in the block. length_P: tokens. first_S: int64
-    [S + 1], the pieces of sequence s are first_S[s]:first_S[s + 1].
+    document_P: index among the documents that were packed. start_P: first token within the document. length_P: tokens.
+    first_S: int64 [S + 1], the pieces of sequence s are first_S[s]:first_S[s + 1].
     """
 
     document_P: np.ndarray
@@ -39,36 +41,42 @@ class PackedBlock:
         """How many positions of each sequence have a token `distance` later in the same piece, int64 [S]. 0 counts all
         tokens.
         """
+        if not self.sequences:
+            return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(np.maximum(self.length_P - distance, 0), self.first_S[:-1])
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item indices, no bin above `capacity`: longest first, each into the fullest bin it fits (of equals, the
-    one filled last).
-
-    O(n log n). Every length must lie in 1..capacity.
+def best_fit_decreasing(length_N: np.ndarray, capacity: int) -> np.ndarray:
+    """The bin of each item, int64 [N], no bin above `capacity`: longest first, each into the fullest bin it fits (of
+    equals, the one filled last). Bins are numbered as they are opened; every length must lie in 1..capacity.
     """
-    bins: list[list[int]] = []
-    room_levels: list[int] = []
+    order_N = np.argsort(-length_N, kind="stable")
     bins_at: dict[int, list[int]] = {}
-    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = bisect_left(room_levels, lengths[item])
-        if place == len(room_levels):
-            bins.append([])
-            chosen, room = len(bins) - 1, capacity
+    # One byte per level of room, 1 where a bin has it: `find` is then a memchr.
+    has_room = bytearray(capacity + 1)
+    bin_N = []
+    opened = 0
+    for length in length_N[order_N].tolist():
+        room = has_room.find(1, length)
+        if room < 0:
+            chosen, room = opened, capacity
+            opened += 1
         else:
-            room = room_levels[place]
-            chosen = bins_at[room].pop()
-            if not bins_at[room]:
-                del bins_at[room], room_levels[place]
-        bins[chosen].append(item)
-        left = room - lengths[item]
+            at = bins_at[room]
+            chosen = at.pop()
+            if not at:
+                has_room[room] = 0
+        bin_N.append(chosen)
+        left = room - length
         if left:
-            if left not in bins_at:
-                insort(room_levels, left)
-                bins_at[left] = []
-            bins_at[left].append(chosen)
-    return bins
+            if has_room[left]:
+                bins_at[left].append(chosen)
+            else:
+                bins_at[left] = [chosen]
+                has_room[left] = 1
+    found_N = np.empty(len(length_N), dtype=np.int64)
+    found_N[order_N] = bin_N
+    return found_N
 
 
 def best_fit_reference(lengths: Sequence[int], capacity: int) -> list[int]:
@@ -83,31 +91,70 @@ def best_fit_reference(lengths: Sequence[int], capacity: int) -> list[int]:
     return fill
 
 
-def pack(offset_D: np.ndarray, capacity: int, key: int) -> PackedBlock:
-    """Pack the documents of a block, given by offsets int64 [D + 1], into sequences of at most `capacity` tokens.
+def pack(length_D: np.ndarray, capacity: int, key: int) -> PackedBlock:
+    """Pack documents of int64 [D] tokens each into sequences of at most `capacity` tokens.
 
     key: seeds the order of documents, of sequences, and of pieces within a sequence.
     """
-    length_D = np.diff(offset_D)
     order_D = permutation(len(length_D), key)
-    full_D = length_D // capacity
-    rest_D = length_D - full_D * capacity
-    pieces: list[list[tuple[int, int, int]]] = []
-    for document in order_D.tolist():
-        start = int(offset_D[document])
-        pieces += [[(document, start + i * capacity, capacity)] for i in range(int(full_D[document]))]
-    remainder = [document for document in order_D.tolist() if rest_D[document]]
-    for members in best_fit_decreasing([int(rest_D[document]) for document in remainder], capacity):
-        documents = [remainder[member] for member in sorted(members)]
-        pieces.append([(d, int(offset_D[d] + full_D[d] * capacity), int(rest_D[d])) for d in documents])
-    shuffled = [pieces[index] for index in permutation(len(pieces), key + 1 & (1 << 64) - 1).tolist()]
-    flat = np.array([piece for sequence in shuffled for piece in sequence], dtype=np.int64).reshape(-1, 3)
-    first_S = np.cumsum([0, *(len(sequence) for sequence in shuffled)])
-    return PackedBlock(flat[:, 0], flat[:, 1], flat[:, 2], first_S)
+    full_D, rest_D = np.divmod(length_D[order_D], capacity)
+    # Full pieces come first, each a sequence of its own; then the remainders by bin, in the order of documents.
+    whole_P = np.repeat(order_D, full_D)
+    number_P = np.arange(len(whole_P)) - np.repeat(np.cumsum(full_D) - full_D, full_D)
+    partial = np.flatnonzero(rest_D)
+    bin_P = best_fit_decreasing(rest_D[partial], capacity)
+    document_P = np.concatenate([whole_P, order_D[partial]])
+    start_P = np.concatenate([number_P * capacity, full_D[partial] * capacity])
+    length_P = np.concatenate([np.full(len(whole_P), capacity, dtype=np.int64), rest_D[partial]])
+    sequence_P = np.concatenate([np.arange(len(whole_P)), bin_P + len(whole_P)])
+    sequences = int(sequence_P.max(initial=-1)) + 1
+    place_S = np.empty(sequences, dtype=np.int64)
+    place_S[permutation(sequences, (key + 1) % KEYS)] = np.arange(sequences)
+    place_P = place_S[sequence_P]
+    sort_P = np.argsort(place_P, kind="stable")
+    first_S = np.searchsorted(place_P[sort_P], np.arange(sequences + 1))
+    return PackedBlock(document_P[sort_P], start_P[sort_P], length_P[sort_P], first_S)
 
 
-def packed_count(offset_D: np.ndarray, capacity: int) -> int:
-    """Number of sequences `pack` makes of a block, for any key."""
-    length_D = np.diff(offset_D)
-    rest = [int(length) for length in length_D % capacity if length]
-    return int((length_D // capacity).sum()) + len(best_fit_decreasing(rest, capacity))
+def packed_count(length_D: np.ndarray, capacity: int) -> int:
+    """Number of sequences `pack` makes of documents of int64 [D] tokens, for any key.
+
+    Bins of equal room and items of equal length are counted, not told apart: an item goes on filling the bin it is in
+    while it fits there, since every other bin that would take it has more room.
+    """
+    full_D, rest_D = np.divmod(length_D, capacity)
+    sequences = int(full_D.sum())
+    levels, counts = np.unique(rest_D[rest_D > 0], return_counts=True)
+    bins_at: dict[int, int] = {}
+    # One byte per level of room, 1 where a bin has it: `find` is then a memchr.
+    has_room = bytearray(capacity + 1)
+    for length, items in zip(levels[::-1].tolist(), counts[::-1].tolist()):
+        while items:
+            room = has_room.find(1, length)
+            if room < 0:
+                room, per_bin = capacity, capacity // length
+                bins = -(-items // per_bin)
+                sequences += bins
+                kept = 0
+            else:
+                per_bin, bins = room // length, bins_at[room]
+                if items < per_bin * bins:
+                    kept = bins - -(-items // per_bin)
+                    bins_at[room] = kept
+                else:
+                    kept = bins_at[room] = 0
+                if not kept:
+                    has_room[room] = 0
+            filled, rest = divmod(items, per_bin)
+            if filled >= bins - kept:
+                filled, rest = bins - kept, 0
+            else:
+                left = room - rest * length
+                bins_at[left] = bins_at.get(left, 0) + 1
+                has_room[left] = 1
+            left = room - per_bin * length
+            if filled and left:
+                bins_at[left] = bins_at.get(left, 0) + filled
+                has_room[left] = 1
+            items -= filled * per_bin + rest
+    return sequences

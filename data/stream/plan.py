@@ -1,53 +1,200 @@
-"""Packing plans: how many sequences each block gives at one sequence length. A few integers per block, built once,
-read at every start.
+"""Packing plans: how many sequences each block of a source gives, for one sequence length and, where documents are
+rearranged for fill-in-the-middle, one seed and epoch. Four bytes a block, built beforehand, read at every start.
+
+A plan is two files beside the manifest: `plans/NAME.npy`, uint32 by block, and `plans/NAME.json`, which says of what
+and holds the sha256 of the first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from data.contract import Plan
-from data.errors import DataError
+import numpy as np
+
+from data.contract import Source
+from data.errors import DataError, WorkerLostError
+from data.hashing import canonical_json
+from data.publish import make_directory, write_file
 from data.store.blocks import BlockStore
+from data.store.manifest import load_manifest
+from data.stream.documents import NO_LIMIT, PlanKey, first_documents
 from data.stream.packing import packed_count
 
-
-def plan_file(length: int) -> str:
-    """Name of the plan for sequences of `length` tokens, beside the manifest."""
-    return f"plan-{length:07d}.json"
-
-
-def build_plan(store: BlockStore, length: int) -> Plan:
-    """Plan from the block indexes alone."""
-    sequences = {
-        source.name: tuple(packed_count(store.offsets(block), length) for block in source.blocks)
-        for source in store.manifest.sources
-    }
-    return Plan(store.manifest.digest, length, sequences)
+VERSION = 1
+COUNT_DTYPE = np.dtype("<u4")
+BLOCKS_PER_TASK = 64
+HEADER_BYTES = 1 << 16
 
 
-def plan_json(plan: Plan) -> bytes:
-    """Content of the plan file."""
-    return (json.dumps(asdict(plan), ensure_ascii=False) + "\n").encode()
+def plan_name(key: PlanKey) -> str:
+    """Path of a plan below the corpus, without `.npy` and `.json`."""
+    name = f"plans/{key.source}-{key.length}"
+    if key.shortest > 0 or key.longest < NO_LIMIT:
+        name += f"-documents{key.shortest}to{key.longest}"
+    if key.fim_rate:
+        name += f"-fim{key.fim_rate:g}-seed{key.seed}-epoch{key.epoch}"
+    return name
 
 
-def load_plan(store: BlockStore, length: int) -> Plan:
-    """The plan written beside the manifest, or one built now if none was. Error: DataError for one of another manifest
-    or a damaged one.
+def count_sequences(
+    store: BlockStore, source: Source, keys: Sequence[PlanKey], first: int, last: int, first_document: int
+) -> np.ndarray:
+    """Sequences that blocks [first, last) of a source give by each key, uint32 [keys, last - first]. first_document:
+    number of the first one's first document in the source.
     """
-    path = store.directory / plan_file(length)
-    if not path.is_file():
-        return build_plan(store, length)
+    counts = np.empty((len(keys), last - first), dtype=COUNT_DTYPE)
+    for place, block in enumerate(source.blocks[first:last]):
+        offset_D = store.offsets(block)
+        for row, key in enumerate(keys):
+            counts[row, place] = packed_count(key.documents(offset_D, first_document).length_C, key.length)
+        first_document += block.documents
+    return counts
+
+
+def plan_files(manifest_digest: str, key: PlanKey, count_B: np.ndarray) -> dict[str, bytes]:
+    """Content of a plan's two files by name."""
+    buffer = io.BytesIO()
+    np.save(buffer, count_B.astype(COUNT_DTYPE), allow_pickle=False)
+    header = {
+        "version": VERSION,
+        "manifest_digest": manifest_digest,
+        **asdict(key),
+        "blocks": len(count_B),
+        "sequences": int(count_B.sum(dtype=np.int64)),
+        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+    }
+    return {f"{plan_name(key)}.npy": buffer.getvalue(), f"{plan_name(key)}.json": canonical_json(header) + b"\n"}
+
+
+def load_plan(store: BlockStore, source: Source, key: PlanKey) -> np.ndarray:
+    """Sequences per block, uint32 [blocks]: from the plan beside the manifest, or counted now if there is none. Error:
+    DataError for a plan of other data or a damaged one.
+    """
+    name, location = plan_name(key), store.location
+    if not location.exists(f"{name}.json"):
+        return count_sequences(store, source, [key], 0, len(source.blocks), 0)[0]
+    where, blocks = location.shown(f"{name}.json"), len(source.blocks)
     try:
-        content = json.loads(path.read_bytes())
-        counts = {name: tuple(int(n) for n in blocks) for name, blocks in content["sequences"].items()}
-        plan = Plan(content["manifest_digest"], content["length"], counts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged plan: {error}") from None
-    if plan.manifest_digest != store.manifest.digest:
-        raise DataError(f"{path}: made for manifest {plan.manifest_digest}, this one is {store.manifest.digest}")
-    shape = {source.name: len(source.blocks) for source in store.manifest.sources}
-    if plan.length != length or {name: len(blocks) for name, blocks in plan.sequences.items()} != shape:
-        raise DataError(f"{path}: plan for length {plan.length} does not fit the manifest's blocks")
-    return plan
+        header = json.loads(location.read(f"{name}.json", HEADER_BYTES))
+        if not isinstance(header, dict) or header.get("version") != VERSION:
+            raise DataError(f"{where}: not a plan of version {VERSION}")
+        if header["manifest_digest"] != store.manifest.digest:
+            raise DataError(
+                f"{where}: made for manifest {header['manifest_digest']}, this one is {store.manifest.digest}"
+            )
+        found = {field: header[field] for field in asdict(key)}
+        if found != asdict(key) or header["blocks"] != blocks:
+            raise DataError(
+                f"{where}: plan of {found} for {header['blocks']} blocks, needed {asdict(key)} for {blocks}"
+            )
+        content = location.read(f"{name}.npy", blocks * COUNT_DTYPE.itemsize + HEADER_BYTES)
+        if (sha256 := hashlib.sha256(content).hexdigest()) != header["sha256"]:
+            raise DataError(f"{location.shown(f'{name}.npy')}: sha256 is {sha256}, its header has {header['sha256']}")
+        count_B: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise DataError(f"{where}: damaged plan: {error}") from None
+    if count_B.shape != (blocks,) or count_B.dtype != COUNT_DTYPE:
+        raise DataError(f"{where}: holds {count_B.dtype} {count_B.shape}, needs uint32 ({blocks},)")
+    return count_B
+
+
+def build_plans(
+    directory: str | Path,
+    lengths: Sequence[int],
+    seeds: Sequence[int] = (0,),
+    epochs: Sequence[int] = (0,),
+    workers: int = 1,
+    *,
+    fim_rates: Sequence[float] = (0.0,),
+    document_lengths: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, Any]:
+    """Write the plans of every source for all combinations, over those that are there, with `workers` processes.
+
+    document_lengths: (shortest, longest) by source, as a stage gives them. Returns files, bytes, blocks, seconds and
+    tokens_per_second (of documents counted, all keys together). Errors: DataError, CannotWriteError, WorkerLostError.
+    """
+    started = time.perf_counter()
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    limits = document_lengths or {}
+    keys = {
+        source.name: list(
+            dict.fromkeys(
+                PlanKey(source.name, length, *limits.get(source.name, (0, NO_LIMIT)), rate, seed, epoch)
+                for length in lengths
+                for rate in fim_rates
+                for seed in seeds
+                for epoch in epochs
+            )
+        )
+        for source in manifest.sources
+    }
+    tasks = [
+        (number, keys[source.name], first, min(first + BLOCKS_PER_TASK, len(source.blocks)), int(first_B[first]))
+        for number, (source, first_B) in enumerate(zip(manifest.sources, map(first_documents, manifest.sources)))
+        for first in range(0, len(source.blocks), BLOCKS_PER_TASK)
+    ]
+    counts = {s.name: np.empty((len(keys[s.name]), len(s.blocks)), dtype=COUNT_DTYPE) for s in manifest.sources}
+    for (number, _, first, last, _), found in zip(tasks, _run(directory, tasks, workers), strict=True):
+        counts[manifest.sources[number].name][:, first:last] = found
+    files = {
+        name: content
+        for source in manifest.sources
+        for key, count_B in zip(keys[source.name], counts[source.name], strict=True)
+        for name, content in plan_files(manifest.digest, key, count_B).items()
+    }
+    make_directory(directory / "plans")
+    # The header goes last: a plan without one does not exist.
+    for name in sorted(files, key=lambda name: name.endswith(".json")):
+        write_file(directory / name, files[name])
+    seconds = time.perf_counter() - started
+    tokens = sum(source.tokens * len(keys[source.name]) for source in manifest.sources)
+    return {
+        "files": len(files),
+        "bytes": sum(map(len, files.values())),
+        "blocks": sum(len(source.blocks) for source in manifest.sources),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+_Task = tuple[int, list[PlanKey], int, int, int]
+
+
+class _Counter:
+    """Counts for one process, which opens the corpus once."""
+
+    store: BlockStore
+
+    @classmethod
+    def open(cls, directory: Path) -> None:
+        cls.store = BlockStore(directory, load_manifest(directory))
+
+    @classmethod
+    def count(cls, task: _Task) -> np.ndarray:
+        number, keys, first, last, first_document = task
+        source = cls.store.manifest.sources[number]
+        return count_sequences(cls.store, source, keys, first, last, first_document)
+
+
+def _run(directory: Path, tasks: Iterable[_Task], workers: int) -> Iterator[np.ndarray]:
+    if workers == 1:
+        _Counter.open(directory)
+        yield from map(_Counter.count, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, context, _Counter.open, (directory,)) as pool:
+            yield from pool.map(_Counter.count, tasks)
+    except BrokenProcessPool:
+        raise WorkerLostError(f"{directory}: a process that counted sequences died") from None

@@ -1,8 +1,9 @@
-"""The token stream: sample k is a pure function of (manifest, plan, seed, weights, k), whoever asks and in whatever
-order.
+"""The token stream: sample k is a pure function of (manifest, seed, the stage's settings, k), whoever asks and in
+whatever order.
 
-Global sample -> source and its count so far (mixture table) -> epoch and block (seeded permutation of blocks per
-source and epoch, prefix sums of the plan) -> sequence of the packed block -> tokens. Nothing is stateful but caches.
+Served sample -> raw sample (skip list) -> source and its count so far (mixture table) -> epoch and block (seeded
+permutation of blocks per source and epoch, prefix sums of the plan) -> sequence of the packed block -> tokens. Nothing
+is stateful but caches, which a lock guards.
 
 Shapes: b sequences, T tokens, D MTP depths, N samples, B blocks.
 """
@@ -10,27 +11,36 @@ Shapes: b sequences, T tokens, D MTP depths, N samples, B blocks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 
 from data.config import parse_weight
-from data.contract import IGNORE, MicroBatch, Plan, StepCounts, StreamState
+from data.contract import STATE_VERSION, Block, Manifest, MicroBatch, StepCounts, StreamState
 from data.errors import DataError, UsageError
-from data.hashing import json_sha256, key64, permutation
+from data.hashing import json_sha256, key64
 from data.store.blocks import BlockStore
+from data.store.location import Location, Remote, open_location
 from data.store.manifest import load_manifest, verify_files
+from data.stream.batch import BatchMaker, ReadyBlock
+from data.stream.documents import NO_LIMIT, PlanKey, first_documents
+from data.stream.fim import check_fim
 from data.stream.mixture import Mixture
-from data.stream.packing import PackedBlock, pack
+from data.stream.order import BlockOrder
+from data.stream.packing import pack
 from data.stream.plan import load_plan
+from data.stream.skip import SkipList
 
-PACKED_BLOCKS = 64
+READY_BLOCKS = 64
+PLANS_KEPT = 4
 
 
 def open_stream(
-    directory: str | Path,
+    corpus: str | Path | Location,
     length: int,
     *,
     mtp_depth: int,
@@ -38,85 +48,105 @@ def open_stream(
     stage: str,
     weights: Mapping[str, str] | None = None,
     start_blocks: Mapping[str, int] | None = None,
+    fim_rate: float = 0.0,
+    document_lengths: Mapping[str, tuple[int, int]] | None = None,
+    skip: Sequence[tuple[int, int]] = (),
     verify: bool = True,
+    remote: Remote | None = None,
 ) -> Stream:
-    """The stream of one stage over the corpus in `directory`.
+    """The stream of one stage over a corpus: a directory, a URL (then `remote` says where to cache it) or a
+    location.
 
     length: tokens of a sequence. weights: rationals by source name; sources left out give nothing; None takes the
     manifest's. start_blocks: blocks already read of each source (`Stream.blocks_read` of an earlier stage with the
-    same seed), so that nothing repeats before its epoch ends. verify: check the digests of all block files, not only
-    sizes. Errors: DataError, UsageError.
+    same seed), so that nothing repeats before its epoch ends. fim_rate: share of documents rearranged for
+    fill-in-the-middle. document_lengths: (shortest, longest) stored tokens, BOS and EOS included, of the documents read
+    from a source; the others are passed over. skip: ranges [first, end) of samples that are never served. verify: check
+    the digests of all block files now, not each when it is first read. Errors: DataError, UsageError.
     """
-    directory = Path(directory)
-    manifest = load_manifest(directory)
-    verify_files(directory, manifest, digests=verify)
-    if length < 2:
-        raise UsageError(f"sequence length: found {length}, need at least 2")
+    location = corpus if isinstance(corpus, Location) else open_location(corpus, remote)
+    manifest = load_manifest(location)
+    if verify:
+        verify_files(location, manifest, digests=True)
+    check_fim(fim_rate, manifest.fim_ids, location.shown(""))
     given = dict(weights) if weights is not None else {source.name: source.weight for source in manifest.sources}
-    if unknown := sorted(set(given) - {source.name for source in manifest.sources}):
-        raise UsageError(
-            f"weights for unknown sources {', '.join(unknown)}; found {', '.join(s.name for s in manifest.sources)}"
-        )
-    parsed = {s.name: parse_weight(given[s.name], f"weight of {s.name}") for s in manifest.sources if s.name in given}
-    store = BlockStore(directory, manifest)
-    plan = load_plan(store, length)
+    limits = dict(document_lengths or {})
+    known = [source.name for source in manifest.sources]
+    for what, names in (("weights", given), ("document lengths", limits), ("starting blocks", start_blocks or {})):
+        if unknown := sorted(set(names) - set(known)):
+            raise UsageError(f"{what} for unknown sources {', '.join(unknown)}; found {', '.join(known)}")
+    keys = {
+        name: PlanKey(name, length, *limits.get(name, (0, NO_LIMIT)), fim_rate=fim_rate, seed=seed) for name in known
+    }
     return Stream(
-        store, plan, mtp_depth=mtp_depth, seed=seed, stage=stage, weights=parsed, start_blocks=start_blocks or {}
+        BlockStore(location, manifest, verified=verify),
+        {name: parse_weight(given[name], f"weight of {name}") for name in known if name in given},
+        keys,
+        SkipList(skip),
+        mtp_depth=mtp_depth,
+        seed=seed,
+        stage=stage,
+        start_blocks=start_blocks or {},
     )
 
 
 class Stream:
-    """Implements `data.contract.TokenStream` for one stage; see `open_stream`."""
+    """Implements `data.contract.TokenStream` for one stage; see `open_stream`. keys: of every source of the manifest,
+    all of one length.
+    """
 
     def __init__(
         self,
         store: BlockStore,
-        plan: Plan,
+        weights: Mapping[str, Fraction],
+        keys: Mapping[str, PlanKey],
+        skip: SkipList,
         *,
         mtp_depth: int,
         seed: int,
         stage: str,
-        weights: Mapping[str, Fraction],
         start_blocks: Mapping[str, int],
     ) -> None:
-        self.manifest = store.manifest
-        self.length, self.mtp_depth, self.seed, self.stage = plan.length, mtp_depth, seed, stage
+        self.manifest: Manifest = store.manifest
+        self.length = next(iter(keys.values())).length
+        self.mtp_depth, self.seed, self.stage = mtp_depth, seed, stage
         self.mixture = Mixture(weights)
-        self.source_names = self.mixture.names
-        by_name = {source.name: source for source in store.manifest.sources}
-        if unknown := sorted(set(start_blocks) - set(self.source_names)):
-            raise UsageError(f"starting blocks for sources that are not in the mixture: {', '.join(unknown)}")
-        self._store = store
-        self._sources = [by_name[name] for name in self.source_names]
-        self._orders = [
-            BlockOrder(name, plan.sequences[name], seed, start_blocks.get(name, 0)) for name in self.source_names
-        ]
-        self._first_document = [
-            np.cumsum([0, *(block.documents for block in source.blocks)]) for source in self._sources
-        ]
-        self._packed: OrderedDict[tuple[int, int, int], PackedBlock] = OrderedDict()
-        self.digest = json_sha256(
-            {
-                "length": plan.length,
-                "weights": [
-                    [name, int(share)] for name, share in zip(self.source_names, self.mixture.share, strict=True)
-                ],
-                "start_blocks": [[order.name, order.first_block] for order in self._orders],
-            }
-        )
+        self.source_names = tuple(source.name for source in store.manifest.sources)
+        self._lock = RLock()
+        self._store, self._skip = store, skip
+        self._sources = store.manifest.sources
+        self._keys = [keys[name] for name in self.source_names]
+        self._start_blocks = {name: start_blocks.get(name, 0) for name in self.source_names}
+        # The mixture numbers only the sources that give something.
+        self._source_M = np.array([self.source_names.index(name) for name in self.mixture.names], dtype=np.int64)
+        self._plans: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._orders = {number: self._order(number) for number in self._source_M.tolist()}
+        self._first_documents = {number: first_documents(self._sources[number]) for number in self._orders}
+        self._ready: OrderedDict[tuple[int, int, int], ReadyBlock] = OrderedDict()
+        self._maker = BatchMaker(self.length, mtp_depth, self.manifest.pad_id, self.manifest.fim_ids)
+        self._settings = {
+            "length": self.length,
+            "fim_rate": self._keys[0].fim_rate,
+            "weights": [[name, int(share)] for name, share in zip(self.mixture.names, self.mixture.share, strict=True)],
+            "documents": [[key.shortest, key.longest] for key in self._keys],
+            "start_blocks": list(self._start_blocks.values()),
+        }
 
     def counts(self, first_sample: int, samples: int) -> StepCounts:
         """Denominators of samples [first_sample, first_sample + samples), from the index alone."""
+        source_N, epoch_N, block_N, sequence_N = self._locate(
+            np.arange(first_sample, first_sample + samples, dtype=np.int64)
+        )
         distances = range(self.mtp_depth + 2)
         total = np.zeros(len(distances), dtype=np.int64)
         main = dict.fromkeys(self.source_names, 0)
-        source_N, count_N = self.mixture.locate(np.arange(first_sample, first_sample + samples, dtype=np.int64))
-        for source, order in enumerate(self._orders):
-            for epoch, block, sequences in order.groups(count_N[source_N == source]):
-                packed = self._pack(source, epoch, block)
-                labels = np.array([packed.labels(distance)[sequences].sum() for distance in distances])
-                total += labels
-                main[self.source_names[source]] += int(labels[1])
+        place_N3 = np.stack([source_N, epoch_N, block_N], axis=1)
+        for source, epoch, block in np.unique(place_N3, axis=0).tolist():
+            sequences = sequence_N[(place_N3 == (source, epoch, block)).all(axis=1)]
+            packed = self._ready_block(source, epoch, block).packed
+            labels = np.array([packed.labels(distance)[sequences].sum() for distance in distances])
+            total += labels
+            main[self.source_names[source]] += int(labels[1])
         return StepCounts(
             main=int(total[1]),
             mtp=tuple(int(count) for count in total[2:]),
@@ -125,47 +155,46 @@ class Stream:
             sources=main,
         )
 
-    def read(self, samples: list[int]) -> MicroBatch:
+    def read(self, samples: Sequence[int]) -> MicroBatch:
         """The given samples as one micro-batch, in the order given. Error: DataError for a damaged block."""
-        shape = (len(samples), self.length)
-        tokens_bT = np.full(shape, self.manifest.pad_id, dtype=np.int64)
-        documents_bT = np.full(shape, -1, dtype=np.int64)
-        piece_bT = np.full(shape, -1, dtype=np.int64)
-        source_b, count_b = self.mixture.locate(np.array(samples, dtype=np.int64))
-        for row, (source, count) in enumerate(zip(source_b.tolist(), count_b.tolist(), strict=True)):
-            epoch, block, sequence = self._orders[source].locate(count)
-            packed = self._pack(source, epoch, block)
-            stored_N = self._store.tokens(self._sources[source].blocks[block])
-            place = 0
-            for piece in range(packed.first_S[sequence], packed.first_S[sequence + 1]):
-                start, length = int(packed.start_P[piece]), int(packed.length_P[piece])
-                span = slice(place, place + length)
-                tokens_bT[row, span] = stored_N[start : start + length]
-                documents_bT[row, span] = self._first_document[source][block] + packed.document_P[piece]
-                piece_bT[row, span] = piece
-                place += length
-        shifts = [shifted(tokens_bT, piece_bT, distance) for distance in range(1, self.mtp_depth + 2)]
-        seen_DbT = np.full((self.mtp_depth, *shape), self.manifest.pad_id, dtype=np.int64)
-        for depth in range(1, self.mtp_depth + 1):
-            seen_DbT[depth - 1, :, :-depth] = tokens_bT[:, depth:]
-        return MicroBatch(
-            tokens=tokens_bT,
-            labels=shifts[0],
-            positions=np.broadcast_to(np.arange(self.length), shape).copy(),
-            documents=documents_bT,
-            mtp_tokens=seen_DbT,
-            mtp_labels=np.stack(shifts[1:]) if self.mtp_depth else np.empty((0, *shape), dtype=np.int64),
-            real=piece_bT >= 0,
-            source=source_b,
-        )
+        return self._maker.batch(*self._places(samples))
+
+    def read_reference(self, samples: Sequence[int]) -> MicroBatch:
+        """What `read` returns, token by token."""
+        return self._maker.reference(*self._places(samples))
+
+    def prefetch(self, sample: int, blocks: int) -> None:
+        """Have the store fetch, in the background, what comes at `sample` (see `coming`)."""
+        self._store.prefetch(self.coming(sample, blocks))
+
+    def close(self) -> None:
+        """Let go of the store's blocks and threads."""
+        self._store.close()
+
+    def coming(self, sample: int, blocks: int) -> list[Block]:
+        """Of each source of the mixture, the block that comes at `sample` and those after it, at most `blocks`."""
+        taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()
+        with self._lock:
+            return [
+                self._sources[number].blocks[block]
+                for number, count in zip(self._source_M.tolist(), taken, strict=True)
+                for block in self._orders[number].following(count, blocks)
+            ]
 
     def state(self, sample: int) -> StreamState:
-        """State after `sample` samples were consumed."""
-        taken = dict(zip(self.source_names, self.mixture.taken(sample).tolist(), strict=True))
-        return StreamState(self.manifest.digest, self.seed, self.stage, sample, taken, self.digest)
+        """State after `sample` samples were served."""
+        raw = self._skip.raw_end(sample)
+        per_source = np.zeros(len(self._sources), dtype=np.int64)
+        per_source[self._source_M] = self.mixture.taken(raw)
+        digest = json_sha256({**self._settings, "skipped": self._skip.before(raw)})
+        return StreamState(
+            STATE_VERSION, self.manifest.digest, self.seed, self.stage, sample, per_source.tolist(), digest
+        )
 
     def resume(self, state: StreamState) -> int:
-        """The sample to go on with. Error: DataError if the state belongs to other data or another order."""
+        """The sample to go on with. Error: DataError if the state belongs to other data or another order. Ranges to
+        skip may have been added after the samples served so far.
+        """
         expected = self.state(state.sample)
         if state.manifest_digest != expected.manifest_digest:
             raise DataError(
@@ -178,89 +207,70 @@ class Stream:
         return state.sample
 
     def epochs(self, sample: int) -> dict[str, float]:
-        """How often each source was read through after `sample` samples."""
-        taken = self.mixture.taken(sample).tolist()
-        return {o.name: (o.skipped + n) / o.epoch_sequences for o, n in zip(self._orders, taken, strict=True)}
+        """How often each source of the mixture was read through after `sample` samples."""
+        taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()
+        with self._lock:
+            return {
+                name: self._orders[number].passed(count)
+                for name, number, count in zip(self.mixture.names, self._source_M.tolist(), taken, strict=True)
+            }
 
     def blocks_read(self, sample: int) -> dict[str, int]:
-        """Blocks begun of each source after `sample` samples, for the `start_blocks` of a next stage."""
-        taken = self.mixture.taken(sample).tolist()
-        return {o.name: o.blocks_begun(n) for o, n in zip(self._orders, taken, strict=True)}
+        """Blocks begun of each source of the manifest after `sample` samples: the `start_blocks` of a next stage."""
+        taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()
+        with self._lock:
+            begun = {
+                name: self._orders[number].blocks_begun(count)
+                for name, number, count in zip(self.mixture.names, self._source_M.tolist(), taken, strict=True)
+            }
+        return {**self._start_blocks, **begun}
 
-    def _pack(self, source: int, epoch: int, block: int) -> PackedBlock:
-        place = (source, epoch, block)
-        if place in self._packed:
-            self._packed.move_to_end(place)
-            return self._packed[place]
-        name = self.source_names[source]
-        listed = self._sources[source].blocks[block]
-        packed = pack(self._store.offsets(listed), self.length, key64("documents", self.seed, name, epoch, block))
-        planned = self._orders[source].count_B[block]
-        if packed.sequences != planned:
-            raise DataError(f"{listed.index_file}: packs into {packed.sequences} sequences, the plan has {planned}")
-        self._packed[place] = packed
-        if len(self._packed) > PACKED_BLOCKS:
-            self._packed.popitem(last=False)
-        return packed
+    def _locate(self, sample_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(source, epoch, block, sequence of the block) of served samples, int64 [N] each."""
+        mixed_N, count_N = self.mixture.locate(self._skip.raw(sample_N))
+        source_N = self._source_M[mixed_N]
+        place_3N = np.empty((3, len(sample_N)), dtype=np.int64)
+        with self._lock:
+            for number in set(source_N.tolist()):
+                here = source_N == number
+                place_3N[:, here] = self._orders[number].locate(count_N[here])
+        return source_N, place_3N[0], place_3N[1], place_3N[2]
 
+    def _places(self, samples: Sequence[int]) -> tuple[list[tuple[ReadyBlock, int]], np.ndarray]:
+        source_b, *place = self._locate(np.array(samples, dtype=np.int64))
+        places = zip(source_b.tolist(), *(column.tolist() for column in place), strict=True)
+        return [
+            (self._ready_block(source, epoch, block), sequence) for source, epoch, block, sequence in places
+        ], source_b
 
-def shifted(tokens_bT: np.ndarray, piece_bT: np.ndarray, distance: int) -> np.ndarray:
-    """Labels [b, T]: the token `distance` later in the same piece, else IGNORE. piece_bT: -1 on padding."""
-    label_bT = np.full_like(tokens_bT, IGNORE)
-    same = (piece_bT[:, :-distance] == piece_bT[:, distance:]) & (piece_bT[:, :-distance] >= 0)
-    label_bT[:, :-distance][same] = tokens_bT[:, distance:][same]
-    return label_bT
+    def _order(self, number: int) -> BlockOrder:
+        name, key = self.source_names[number], self._keys[number]
+        blocks, steady = len(self._sources[number].blocks), not key.fim_rate
+        return BlockOrder(name, blocks, partial(self._plan, number), steady, self.seed, self._start_blocks[name])
 
+    def _plan(self, number: int, epoch: int) -> np.ndarray:
+        key = self._keys[number].at(epoch)
+        place = (number, key.epoch)
+        if place not in self._plans:
+            self._plans[place] = load_plan(self._store, self._sources[number], key)
+            if len(self._plans) > PLANS_KEPT * len(self._sources):
+                self._plans.popitem(last=False)
+        return self._plans[place]
 
-class BlockOrder:
-    """Order of one source's blocks over endless epochs; each epoch is a permutation of all blocks seeded by (seed,
-    name, epoch).
-
-    first_block: blocks passed over at the start, counted through the epochs.
-    """
-
-    def __init__(self, name: str, sequences: Sequence[int], seed: int, first_block: int) -> None:
-        self.name, self.seed, self.first_block = name, seed, first_block
-        self.count_B = np.array(sequences, dtype=np.int64)
-        self.epoch_sequences = int(self.count_B.sum())
-        if not self.epoch_sequences:
-            raise DataError(f"source '{name}' is empty: its plan holds no sequences")
-        if first_block < 0:
-            raise UsageError(f"starting block of '{name}': found {first_block}, need at least 0")
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        epoch, place = divmod(first_block, len(self.count_B))
-        self.skipped = epoch * self.epoch_sequences + int(self._epoch(epoch)[1][place])
-
-    def locate(self, count: int) -> tuple[int, int, int]:
-        """(epoch, block, sequence in the block) of this source's sample number `count`."""
-        epoch, block, sequences = next(self.groups(np.array([count])))
-        return epoch, block, int(sequences[0])
-
-    def groups(self, count_N: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """The samples `count_N` by block: (epoch, block, sequences in the block)."""
-        epoch_N, rest_N = np.divmod(count_N + self.skipped, self.epoch_sequences)
-        for epoch in np.unique(epoch_N).tolist():
-            block_B, first_B = self._epoch(epoch)
-            sequence_N = rest_N[epoch_N == epoch]
-            place_N = np.searchsorted(first_B, sequence_N, side="right") - 1
-            for place in np.unique(place_N).tolist():
-                yield epoch, int(block_B[place]), sequence_N[place_N == place] - first_B[place]
-
-    def blocks_begun(self, count: int) -> int:
-        """Blocks, counted through the epochs from the first, that the first `count` samples have touched or passed
-        over.
-        """
-        if not count:
-            return self.first_block
-        epoch, rest = divmod(self.skipped + count - 1, self.epoch_sequences)
-        _, first_B = self._epoch(epoch)
-        return epoch * len(self.count_B) + int(np.searchsorted(first_B, rest, side="right"))
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks in the order of `epoch` [B], and how many sequences come before each [B + 1]."""
-        if epoch not in self._epochs:
-            block_B = permutation(len(self.count_B), key64("blocks", self.seed, self.name, epoch))
-            self._epochs[epoch] = (block_B, np.concatenate([[0], np.cumsum(self.count_B[block_B])]))
-            if len(self._epochs) > 4:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+    def _ready_block(self, number: int, epoch: int, block: int) -> ReadyBlock:
+        place = (number, epoch, block)
+        with self._lock:
+            if place in self._ready:
+                self._ready.move_to_end(place)
+                return self._ready[place]
+            listed, first = self._sources[number].blocks[block], int(self._first_documents[number][block])
+            documents = self._keys[number].at(epoch).documents(self._store.offsets(listed), first)
+            key = key64("documents", self.seed, self.source_names[number], epoch, block)
+            packed = pack(documents.length_C, self.length, key)
+            planned = int(self._plan(number, epoch)[block])
+            if packed.sequences != planned:
+                raise DataError(f"{listed.index_file}: packs into {packed.sequences} sequences, the plan has {planned}")
+            self._ready[place] = ready = ReadyBlock.of(packed, documents, self._store.tokens(listed), first)
+            if len(self._ready) > READY_BLOCKS:
+                self._ready.popitem(last=False)
+            return ready
