@@ -41,7 +41,7 @@ PREFETCH_THREADS = 2
 CHECK_BYTES = 1 << 22
 
 
-def split_into_blocks(length_N: Sequence[int], block_tokens: int) -> list[tuple[int, int]]:
+def split_into_blocks(length_N: Sequence[int] | np.ndarray, block_tokens: int) -> list[tuple[int, int]]:
     """Ranges [first, last) of documents, whole ones, for blocks of about `block_tokens`, as even as the documents
     allow.
     """

@@ -51,7 +51,8 @@ def open_below(root: Path, name: str) -> BinaryIO:
     expected = os.path.join(os.path.realpath(root), name)
     if os.path.realpath(path) != expected:
         raise DataError(f"{path}: a symbolic link; the files of a corpus must lie in its directory")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    # Not to wait for the other end of a pipe that stands where a file should.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DataError(f"{path}: not a plain file")
