@@ -99,6 +99,10 @@ def problems_of(config: RunConfig) -> list[str]:
         found.append(f"logging.wandb: found '{config.logging.wandb}', allowed offline, online, disabled")
     if config.resume not in ("auto", "never"):
         found.append(f"resume: found '{config.resume}', allowed auto, never")
+    if not 0 <= config.data.fim_rate <= 1:
+        found.append(f"data.fim_rate: found {config.data.fim_rate}, allowed 0 to 1")
+    if config.data.cache_bytes < 1:
+        found.append(f"data.cache_bytes: found {config.data.cache_bytes}, allowed 1 or more")
     if not config.stages:
         found.append("stages: none given; choose an experiment (experiment=demo) or write them")
     names = [stage.name for stage in config.stages]
@@ -156,6 +160,14 @@ def _stage_problems(config: RunConfig, stage: StageConfig, at: str) -> list[str]
     for kind, weight in vars(stage.balance).items():
         if not 0 <= weight < math.inf:
             found.append(f"{at}.balance.{kind}: found {weight}, allowed 0 or more")
+    for name, limits in stage.documents.items():
+        if not 0 <= limits.shortest <= limits.longest:
+            found.append(
+                f"{at}.documents.{name}: found {limits.shortest} to {limits.longest}, allowed 0 <= shortest <= longest"
+            )
+    for i, samples in enumerate(stage.skip):
+        if not 0 <= samples.first < samples.end:
+            found.append(f"{at}.skip.{i}: found {samples.first} to {samples.end}, allowed 0 <= first < end")
     if found:
         return found
     parallel = config.parallel

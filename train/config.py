@@ -45,13 +45,31 @@ class StepValue:
 
 
 @dataclass
+class DocumentLengths:
+    """Documents of a source that a stage reads: stored tokens, BOS and EOS included."""
+
+    shortest: int = 0
+    longest: int = 2**31 - 1
+
+
+@dataclass
+class SampleRange:
+    """Samples [first, end) of a stage, numbered as if nothing were skipped."""
+
+    first: int = MISSING
+    end: int = MISSING
+
+
+@dataclass
 class StageConfig:
     """One stage of the run. length: tokens of a sequence (YaRN is on when it exceeds
     model.rope_scaling.original_length).
 
     tokens: real tokens the stage trains on. sequences: sequences per step, by tokens. micro_batch: sequences of a
     micro-batch. learning_rate; mtp_weight (lambda); bias_update (gamma of the router bias): by tokens.
-    balance: weights of the balance losses.
+    balance: weights of the balance losses. weights: mixture weight (a rational) per source; empty means
+    data.weights. documents: by source, which of its documents are read, for stages of long sequences. skip: samples
+    that are never served.
     """
 
     name: str = MISSING
@@ -63,15 +81,26 @@ class StageConfig:
     mtp_weight: list[StepValue] = field(default_factory=list)
     bias_update: list[StepValue] = field(default_factory=list)
     balance: BalanceWeights = field(default_factory=lambda: BalanceWeights(sequence=0.0001))
+    weights: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, DocumentLengths] = field(default_factory=dict)
+    skip: list[SampleRange] = field(default_factory=list)
 
 
 @dataclass
 class DataConfig:
-    """directory: a corpus built by `python -m data build`. weights: mixture weight (a rational) per source; empty
-    means the corpus's own."""
+    """directory: a corpus built by `python -m data build`, or the URL of one. weights: mixture weight (a rational) per
+    source; empty means the corpus's own. fim_rate: share of documents rearranged for fill-in-the-middle.
+
+    verify: read the whole corpus once at the start and compare its digests; false compares each block when it is first
+    read. cache: directory in which a corpus at a URL is kept, at most cache_bytes of it.
+    """
 
     directory: str = MISSING
     weights: dict[str, str] = field(default_factory=dict)
+    fim_rate: float = 0.0
+    verify: bool = True
+    cache: str = ""
+    cache_bytes: int = 64 * 2**30
 
 
 @dataclass

@@ -15,6 +15,8 @@ import numpy as np
 import torch.distributed as dist
 
 from data.contract import StepCounts, StreamState
+from data.store.location import Remote
+from data.stream.ahead import ReadAhead, Wanted
 from data.stream.stream import Stream, open_stream
 from kernels.backends import BackendError, Kernels, resolve
 from model.groups import group_table
@@ -101,19 +103,27 @@ class Trainer:
             raise ConfigError(str(error).replace("\n", "; ")) from None
 
     def _source_names(self) -> tuple[str, ...]:
-        return together(lambda: self._open(self.config.stages[0], {}, verify=self.rank == 0)).source_names
+        verify = self.config.data.verify and self.rank == 0
+        stream = together(lambda: self._open(self.config.stages[0], {}, verify))
+        stream.close()
+        return stream.source_names
 
     def _open(self, stage: StageConfig, started: dict[str, int], verify: bool = False) -> Stream:
-        """verify: every byte of the corpus, once, by one rank; otherwise names and sizes."""
+        """verify: every byte of the corpus, once, by one rank; otherwise each block when it is first read."""
+        data = self.config.data
         stream = open_stream(
-            self.config.data.directory,
+            data.directory,
             stage.length,
             mtp_depth=self.config.model.mtp_depth,
             seed=self.config.seed,
             stage=stage.name,
-            weights=self.config.data.weights or None,
+            weights=stage.weights or data.weights or None,
             start_blocks=started,
+            fim_rate=data.fim_rate,
+            document_lengths={name: (found.shortest, found.longest) for name, found in stage.documents.items()},
+            skip=[(samples.first, samples.end) for samples in stage.skip],
             verify=verify,
+            remote=Remote(data.cache, data.cache_bytes),
         )
         if stream.manifest.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
@@ -203,10 +213,12 @@ class Trainer:
             self.metrics.event("stage", name=stage.name, step=state.step, length=stage.length)
             if state.step == 0:
                 self._save(stream.state(0), stage="initial")
-            while state.stage_tokens < stage.tokens:
-                self._step(stage, stream)
-                self._after_step(stream)
+            with ReadAhead[tuple[int, int]](stream) as ahead:
+                while state.stage_tokens < stage.tokens:
+                    self._step(stage, ahead)
+                    self._after_step(stream)
             self._end_stage(stage, stream)
+            stream.close()
         self._status("done", exit_code=0)
 
     def _end_stage(self, stage: StageConfig, stream: Stream) -> None:
@@ -226,11 +238,21 @@ class Trainer:
             self._status("preempted", exit_code=PREEMPTED)
             raise Preempted(f"stopped on request after step {state.step}; a checkpoint is saved")
 
-    def _step(self, stage: StageConfig, stream: Stream) -> None:
+    def _wanted(self, stage: StageConfig, sample: int, tokens: int) -> Wanted[tuple[int, int]]:
+        """The step that begins at `sample`, `tokens` into the stage."""
+        sequences = int(step_value(stage.sequences, tokens))
+        return Wanted(sample, sequences, self.engine.sample_order(sample, sequences, stage.micro_batch))
+
+    def _step(self, stage: StageConfig, ahead: ReadAhead[tuple[int, int]]) -> None:
         state, begin = self.state, time.perf_counter()
         tokens = state.stage_tokens
-        sequences = int(step_value(stage.sequences, tokens))
-        counts = stream.counts(state.sample, sequences)
+        wanted = self._wanted(stage, state.sample, tokens)
+        sequences = wanted.sequences
+        step = ahead.step(wanted)
+        counts, batches = step.counts, step.batches
+        if tokens + counts.tokens < stage.tokens:
+            ahead.announce(self._wanted(stage, state.sample + sequences, tokens + counts.tokens))
+        waited = time.perf_counter() - begin
         plan = StepPlan(
             counts,
             ramp_value(stage.learning_rate, tokens),
@@ -238,9 +260,6 @@ class Trainer:
             stage.balance,
             step_value(stage.bias_update, tokens),
         )
-        order = self.engine.sample_order(state.sample, sequences, stage.micro_batch)
-        batches = {key: stream.read(samples) for key, samples in order.items()}
-        waited = time.perf_counter() - begin
         micro_batches = sequences // (self.engine.topology.replicas * stage.micro_batch)
         self._announce(micro_batches)
         audited = state.stage == 0 and state.stage_step + 1 == self.config.logging.audit_step

@@ -59,13 +59,12 @@ class BlockOrder:
         epoch = int(epoch_N[0])
         return epoch * self.blocks + int(np.searchsorted(self._epoch(epoch)[1], rest_N[0], side="right"))
 
-    def following(self, count: int, blocks: int) -> list[int]:
-        """The block that sample `count` lies in and those after it: at most `blocks`, up to the end of its epoch."""
+    def following(self, count: int, blocks: int) -> tuple[int, list[int]]:
+        """(epoch, the block that sample `count` lies in and those after it: `blocks`, or to the end of the epoch)."""
         epoch_N, rest_N = self._in_epoch(np.array([count], dtype=np.int64))
         block_B, first_B = self._epoch(int(epoch_N[0]))
         place = int(np.searchsorted(first_B, rest_N[0], side="right")) - 1
-        chosen: list[int] = block_B[place : place + blocks].tolist()
-        return chosen
+        return int(epoch_N[0]), block_B[place : place + blocks].tolist()
 
     def passed(self, count: int) -> float:
         """How often the source was read through after `count` samples, in epochs."""

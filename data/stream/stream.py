@@ -20,7 +20,7 @@ from threading import RLock
 import numpy as np
 
 from data.config import parse_weight
-from data.contract import STATE_VERSION, Block, Manifest, MicroBatch, StepCounts, StreamState
+from data.contract import STATE_VERSION, Manifest, MicroBatch, StepCounts, StreamState
 from data.errors import DataError, UsageError
 from data.hashing import json_sha256, key64
 from data.store.blocks import BlockStore
@@ -37,6 +37,7 @@ from data.stream.skip import SkipList
 
 READY_BLOCKS = 64
 PLANS_KEPT = 4
+BLOCKS_AHEAD = 16
 
 
 def open_stream(
@@ -163,23 +164,20 @@ class Stream:
         """What `read` returns, token by token."""
         return self._maker.reference(*self._places(samples))
 
-    def prefetch(self, sample: int, blocks: int) -> None:
-        """Have the store fetch, in the background, what comes at `sample` (see `coming`)."""
-        self._store.prefetch(self.coming(sample, blocks))
+    def prefetch(self, sample: int) -> None:
+        """Have the store fetch, in the background, the blocks that come at `sample` and after it."""
+        taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()
+        each = max(1, BLOCKS_AHEAD // len(taken))
+        with self._lock:
+            wanted = []
+            for number, count in zip(self._source_M.tolist(), taken, strict=True):
+                epoch, blocks = self._orders[number].following(count, each)
+                wanted += [(number, block) for block in blocks if (number, epoch, block) not in self._ready]
+        self._store.prefetch([self._sources[number].blocks[block] for number, block in wanted])
 
     def close(self) -> None:
         """Let go of the store's blocks and threads."""
         self._store.close()
-
-    def coming(self, sample: int, blocks: int) -> list[Block]:
-        """Of each source of the mixture, the block that comes at `sample` and those after it, at most `blocks`."""
-        taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()
-        with self._lock:
-            return [
-                self._sources[number].blocks[block]
-                for number, count in zip(self._source_M.tolist(), taken, strict=True)
-                for block in self._orders[number].following(count, blocks)
-            ]
 
     def state(self, sample: int) -> StreamState:
         """State after `sample` samples were served."""

@@ -57,20 +57,20 @@ def write_jsonl(path: Path, documents: list[Document]) -> None:
 
 def token_corpus(directory: Path, documents: Mapping[str, int], block_documents: int = 12, seed: int = 0) -> Manifest:
     """A corpus of random tokens: per source so many documents, in blocks of `block_documents`. Token ids are
-    3..VOCABULARY - 1.
+    6..VOCABULARY - 1; 3, 4 and 5 are begin, hole and end.
     """
     rng = random.Random(seed)
     sources = []
     for name, count in documents.items():
         stored = []
         for _ in range(count):
-            content = [rng.randrange(3, VOCABULARY) for _ in range(int(rng.lognormvariate(3.2, 1.0)) + 1)]
+            content = [rng.randrange(6, VOCABULARY) for _ in range(int(rng.lognormvariate(3.2, 1.0)) + 1)]
             stored.append(np.array([0, *content, 1], dtype=np.uint32))
         blocks = tuple(
             write_block(directory, name, number, stored[first : first + block_documents])
             for number, first in enumerate(range(0, count, block_documents))
         )
         sources.append(Source(name, "en", count, sum(map(len, stored)), 1, blocks))
-    manifest = with_digest(Manifest(FORMAT_VERSION, "0" * 64, VOCABULARY, 0, 1, 2, tuple(sources), ""))
+    manifest = with_digest(Manifest(FORMAT_VERSION, "0" * 64, VOCABULARY, 0, 1, 2, tuple(sources), "", (3, 4, 5)))
     write_manifest(directory, manifest)
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UsageError
-from data.stream.mixture import Mixture
+from data.stream.mixture import Mixture, table_reference
 
 TRICKY = [1, 100, 20, 100, 5, 1]
 
@@ -21,13 +22,9 @@ def mixture(weights: list[int]) -> Mixture:
 
 def deviations(source_K: np.ndarray, share_S: np.ndarray) -> np.ndarray:
     """Largest |n_i(k) - w_i k / W| over a period, times W, in integers."""
-    period = int(share_S.sum())
-    worst = np.zeros(len(share_S), dtype=np.int64)
-    taken = np.zeros(len(share_S), dtype=np.int64)
-    for k, source in enumerate(source_K.tolist(), start=1):
-        taken[source] += 1
-        worst = np.maximum(worst, np.abs(taken * period - share_S * k))
-    return worst
+    period, step_K = int(share_S.sum()), np.arange(1, len(source_K) + 1)
+    gaps = (np.cumsum(source_K == source) * period - share * step_K for source, share in enumerate(share_S.tolist()))
+    return np.array([np.abs(gap_K).max() for gap_K in gaps])
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,6 +44,21 @@ def test_tricky_weights_and_the_rule_that_fails_them() -> None:
         sources.append(int(np.argmax(share * k / share.sum() - taken)))
         taken[sources[-1]] += 1
     assert (deviations(np.array(sources), share) >= share.sum()).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12))
+def test_table_against_its_definition(weights: list[int]) -> None:
+    found = mixture(weights)
+    assert found.source_K.tolist() == table_reference(found.share).tolist()
+
+
+def test_the_longest_table_is_made_in_a_moment() -> None:
+    began = time.process_time()
+    found = mixture([*range(1, 40), 100_000 - 780])
+    assert found.period == 100_000
+    assert (deviations(found.source_K, found.share) < found.period).all()
+    assert time.process_time() - began < 3
 
 
 def test_locate_agrees_with_counting() -> None:
