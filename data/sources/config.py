@@ -13,7 +13,7 @@ STOP, SKIP = "stop", "skip"
 NO_ID = "none"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReadConfig:
     """text, id: names of the fields (columns) with the text and the identity; id "none": the file's name and the place
     in it. faults: a faulty document is to "stop" the build or to be "skip"ped and counted; a faulty file always stops.

@@ -37,7 +37,7 @@ def read_batches(
     language: str,
     start: Position | None,
     documents: int,
-    settings: ReadConfig = ReadConfig(),  # noqa: B008 - frozen
+    settings: ReadConfig | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[tuple[pa.Table, Position]]:
     """Tables of the DOCUMENTS schema with at most `documents` rows and, beyond the first row, 32 MiB of text, each with
@@ -50,6 +50,7 @@ def read_batches(
     Errors (DataError, file and place named): see `chunks`, `lines`, `column_records`; a document that is not UTF-8, not
     JSON, lacks a field, holds NUL or a lone surrogate; a whole file without documents.
     """
+    settings = settings or ReadConfig()
     counts: Counter[str] = Counter() if skipped is None else skipped
     position = start or Position()
     seen = position.documents

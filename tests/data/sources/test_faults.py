@@ -24,7 +24,7 @@ from data.sources.read import Position, read_batches
 LINES = b"".join(b'{"id": "%d", "text": "%s"}\n' % (i, os.urandom(40).hex().encode()) for i in range(300))
 
 
-def fault(path: Path, settings: ReadConfig = ReadConfig(), start: Position | None = None) -> str:  # noqa: B008
+def fault(path: Path, settings: ReadConfig | None = None, start: Position | None = None) -> str:
     with pytest.raises(DataError) as caught:
         for _ in read_batches(list_files(str(path))[0], "s", "en", start, 50, settings):
             pass

@@ -79,7 +79,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.integers(1, 9),
     st.integers(1, 200),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_same_as_the_plain_reader(
     directory: Path, texts: list[str], ascii: bool, ends: bytes, closed: bool, documents: int, size: int
 ) -> None:
