@@ -1,4 +1,6 @@
-"""`python -m data COMMAND [key=value ...]`: fetch, build, baselines. The last line of each is one JSON object."""
+"""`python -m data COMMAND [key=value ...]`: fetch, build and its stages, baselines. The last line of each is one JSON
+object.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,20 @@ from rich.console import Console
 from rich.table import Table
 
 from data.baselines import baselines
-from data.build import build
+from data.build import STAGE_COMMANDS, build, run_stage
 from data.compose import compose_dataclass, nearest
 from data.config import BaselinesConfig, DataConfig, FetchConfig
 from data.errors import DataError, UsageError
 from data.fetch import fetch
 from data.ledger import ledger_table
 
-COMMANDS = ("fetch", "build", "baselines")
+COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines")
 USAGE = """usage: python -m data COMMAND [key=value ...]
   fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
              (config=NAME is conf/data/NAME.yaml; every key of it can be given)
+             killed, it goes on where it was; its stages one by one, with the same keys:
+             import clean dedup split tokenizer tokenise shuffle plan publish
   baselines  bits per byte of simple models, held-out text  data=DIR"""
 
 
@@ -38,7 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command '{command}'{nearest(command, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
-        result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest)
+        if command in STAGE_COMMANDS:
+            result = _stage(command, rest)
+        else:
+            result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest)
     except DataError as error:
         print(f"data: {error}".replace("\n", " "), file=sys.stderr)
         return error.exit_code
@@ -52,10 +59,22 @@ def _fetch(arguments: list[str]) -> dict[str, Any]:
     return {"out": config.out, "sources": fetch(config, lambda line: print(line, flush=True))}
 
 
-def _build(arguments: list[str]) -> dict[str, Any]:
+def _data_config(arguments: list[str]) -> DataConfig:
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("config=")]
     keys = [argument for argument in arguments if not argument.startswith("config=")]
-    config = compose_dataclass(DataConfig, names[-1] if names else "demo", keys)
+    return compose_dataclass(DataConfig, names[-1] if names else "demo", keys)
+
+
+def _stage(stage: str, arguments: list[str]) -> dict[str, Any]:
+    config = _data_config(arguments)
+    found = run_stage(config, Console(), stage)
+    if "build_digest" in found:
+        found = {key: found[key] for key in ("manifest_digest", "reused")}
+    return {"out": config.out, **found}
+
+
+def _build(arguments: list[str]) -> dict[str, Any]:
+    config = _data_config(arguments)
     console = Console()
     report = build(config, console)
     console.print(ledger_table(report["steps"]))

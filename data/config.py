@@ -4,16 +4,20 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 
 from omegaconf import MISSING
 
+from data.dedup.bands import SCOPES
 from data.errors import UsageError
+from data.sources.config import ReadConfig, validate_read
 
 MAX_WEIGHT_PERIOD = 100_000
 SPECIAL_TOKENS = 6
 BYTES = 256
+AUTO = "auto"
+ENCODERS = ("auto", "huggingface", "gigatoken")
 
 
 @dataclass
@@ -29,21 +33,55 @@ class FetchConfig:
 
 
 @dataclass
-class SourceConfig:
-    """One source of the mixture. path: jsonl file. language: ISO 639-1; documents found to be in another are dropped.
+class ReadKeys:
+    """How a source's files are read: the keys of `data.sources.config.ReadConfig`, where they are explained."""
 
-    weight: share in the mixture relative to the other sources, a rational written as 3, 0.25 or 1/3.
+    text: str = "text"
+    id: str = "id"
+    faults: str = "stop"
+    max_ratio: float = 200.0
+    slack_bytes: int = 16 << 20
+    max_document_bytes: int = 64 << 20
+    max_window_bytes: int = 128 << 20
+
+    def config(self) -> ReadConfig:
+        """The same, unchangeable."""
+        return ReadConfig(**asdict(self))
+
+
+@dataclass
+class SourceConfig:
+    """One source of the mixture. path: a file, a directory or a pattern such as `corpus/*.jsonl.gz`, here or behind a
+    URL; paths: more of them. language: ISO 639-1, or "auto" for a source of several.
+
+    weight: share in the mixture relative to the other sources, a rational written as 3, 0.25 or 1/3. dump: what the
+    source came with, for dedup per dump (empty: its name). read: fields and bounds.
     """
 
-    path: str = MISSING
+    path: str = ""
     language: str = MISSING
     weight: str = "1"
+    paths: list[str] = field(default_factory=list)
+    dump: str = ""
+    read: ReadKeys = field(default_factory=ReadKeys)
+
+
+@dataclass
+class DecontaminateConfig:
+    """Documents that share a run of `ngram` tokens with a benchmark's texts are dropped. paths: files of such texts,
+    read as sources are; none: nothing is dropped.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    ngram: int = 10
 
 
 @dataclass
 class DedupConfig:
     """MinHash near-dedup: `bands` x `rows` hashes of `shingle`-token shingles, pairs verified at exact Jaccard >=
-    threshold (0: not verified).
+    threshold (0: not verified). scope: within what copies are looked for: global, language or dump.
+
+    earlier: `dedup/index` of an earlier corpus, to whose documents this one's yield. keep_index: such an index is kept.
     """
 
     shingle: int = 5
@@ -51,6 +89,9 @@ class DedupConfig:
     rows: int = 8
     threshold: float = 0.7
     seed: int = 1
+    scope: str = "global"
+    earlier: str = ""
+    keep_index: bool = True
 
 
 @dataclass
@@ -59,7 +100,10 @@ class TokenizerConfig:
     multiple of 128.
 
     han_run: longest run of Han or kana seen as one piece in training. sample_bytes: bound of the training sample,
-    shared out by mixture weight.
+    shared out by mixture weight. path: folder of a Hugging Face tokenizer to use instead of training one.
+
+    encoder: auto, huggingface or gigatoken, which give the same tokens. boundary_split: share of tokens of punctuation
+    and line breaks that are split when documents are tokenised.
     """
 
     vocab_size: int = 8192
@@ -67,6 +111,33 @@ class TokenizerConfig:
     max_token_length: int = 64
     han_run: int = 8
     sample_bytes: int = 200_000_000
+    path: str = ""
+    encoder: str = "auto"
+    boundary_split: float = 0.1
+
+
+@dataclass
+class StoreConfig:
+    """The token store. block_tokens: aimed size of a block. plan_lengths: sequence lengths whose packing plans are
+    written beforehand.
+
+    partition_documents: documents whose order is made in memory at once; no output depends on it.
+    """
+
+    block_tokens: int = 131_072
+    plan_lengths: list[int] = field(default_factory=lambda: [128, 1024, 4096])
+    partition_documents: int = 4_000_000
+
+
+@dataclass
+class EngineConfig:
+    """How the work is done; nothing here changes what comes out. workers: processes. shard_bytes: text in one shard of
+    documents. verify: compare the contents of what an earlier run finished with their digests, not only the sizes.
+    """
+
+    workers: int = 1
+    shard_bytes: int = 64_000_000
+    verify: bool = True
 
 
 @dataclass
@@ -74,18 +145,21 @@ class DataConfig:
     """`python -m data build`. raw: where `fetch` wrote. out: the directory to make. heldout_share: of documents, per
     language.
 
-    block_tokens: aimed size of a block. plan_lengths: sequence lengths whose packing plans are written beforehand.
+    work: where unfinished work is kept until `out` is published (empty: `out`.work); keep_work: and after it.
     """
 
     raw: str = "data_cache/raw"
     out: str = MISSING
+    work: str = ""
+    keep_work: bool = False
     seed: int = 17
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     heldout_share: float = 0.04
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    block_tokens: int = 131_072
-    plan_lengths: list[int] = field(default_factory=lambda: [128, 1024, 4096])
+    store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass
@@ -120,21 +194,45 @@ def validate(config: DataConfig) -> None:
         ("tokenizer.max_token_length", config.tokenizer.max_token_length, 2, 2**31),
         ("tokenizer.han_run", config.tokenizer.han_run, 1, 2**31),
         ("tokenizer.sample_bytes", config.tokenizer.sample_bytes, 1, 2**62),
-        ("block_tokens", config.block_tokens, 1, 2**31),
-        *((f"plan_lengths.{i}", length, 2, 2**31) for i, length in enumerate(config.plan_lengths)),
+        ("tokenizer.boundary_split", config.tokenizer.boundary_split, 0.0, 1.0),
+        ("decontaminate.ngram", config.decontaminate.ngram, 1, 64),
+        ("store.block_tokens", config.store.block_tokens, 1, 2**31),
+        ("store.partition_documents", config.store.partition_documents, 1, 2**40),
+        ("engine.workers", config.engine.workers, 1, 1024),
+        ("engine.shard_bytes", config.engine.shard_bytes, 1, 2**31),
+        *((f"store.plan_lengths.{i}", length, 2, 2**31) for i, length in enumerate(config.store.plan_lengths)),
     ]
     problems += [
         f"{key}: found {found}, allowed {low} to {high}" for key, found, low, high in checks if not low <= found <= high
     ]
     if not 0 < config.heldout_share < 1:
         problems.append(f"heldout_share: found {config.heldout_share}, need more than 0 and less than 1")
+    if config.tokenizer.encoder not in ENCODERS:
+        problems.append(f"tokenizer.encoder: found '{config.tokenizer.encoder}', allowed {', '.join(ENCODERS)}")
+    if config.dedup.scope not in SCOPES:
+        problems.append(f"dedup.scope: found '{config.dedup.scope}', allowed {', '.join(SCOPES)}")
     if not config.sources:
         problems.append("sources: none given")
+    folded: dict[str, str] = {}
     for name, source in config.sources.items():
-        if not name or not all(c.isalnum() or c in "-_" for c in name):
-            problems.append(f"sources: name '{name}' may hold only letters, digits, - and _")
-        if not source.language.isalnum():
-            problems.append(f"sources.{name}.language: found '{source.language}', need a code such as en")
-        parse_weight(source.weight, f"sources.{name}.weight")
+        problems += _source_problems(name, source)
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            problems.append(
+                f"sources: '{other}' and '{name}' differ only in case: their files would be one on some disks"
+            )
     if problems:
         raise UsageError("; ".join(problems))
+
+
+def _source_problems(name: str, source: SourceConfig) -> list[str]:
+    problems = []
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        problems.append(f"sources: name '{name}' may hold only letters, digits, - and _")
+    if not source.language.isalnum():
+        problems.append(f"sources.{name}.language: found '{source.language}', need a code such as en, or auto")
+    if not source.path and not source.paths:
+        problems.append(f"sources.{name}: no path given")
+    parse_weight(source.weight, f"sources.{name}.weight")
+    validate_read(source.read.config(), f"sources.{name}.read")
+    return problems

@@ -4,13 +4,10 @@ kept.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.table import Table
-
-from data.documents import Document
 
 
 @dataclass
@@ -20,15 +17,11 @@ class Ledger:
     steps: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     _last: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def record(self, step: str, documents: Iterable[Document]) -> None:
-        """Note what is left after `step`. Languages are those declared by the sources, which no step changes."""
-        left: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for document in documents:
-            left[document.language][0] += 1
-            left[document.language][1] += document.bytes
+    def record(self, step: str, left: Mapping[str, Sequence[int]]) -> None:
+        """Note what is left after `step`. left: language -> (documents, UTF-8 bytes of their texts)."""
         row = {}
         for language in sorted(set(left) | set(self._last)):
-            count, size = left[language] if language in left else (0, 0)
+            count, size = left.get(language, (0, 0))
             before = self._last.get(language, (count, size))
             row[language] = {
                 "documents": count,

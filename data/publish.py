@@ -52,6 +52,12 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def refuse_foreign(out: Path, marker: str) -> None:
+    """Error (CannotWriteError) if `out` is there with something else than an output, which always holds `marker`."""
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CannotWriteError(f"{out} exists and holds no {marker}: not replacing it")
+
+
 @contextmanager
 def published(out: Path, marker: str) -> Iterator[Path]:
     """A fresh directory to fill; it becomes `out` when the block ends well and vanishes otherwise. Call under
@@ -60,8 +66,7 @@ def published(out: Path, marker: str) -> Iterator[Path]:
     marker: a file every complete output holds; an `out` with other content is refused, not replaced
     (CannotWriteError).
     """
-    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise CannotWriteError(f"{out} exists and holds no {marker}: not replacing it")
+    refuse_foreign(out, marker)
     partial, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -16,12 +16,13 @@ import pytest
 from rich.console import Console
 
 import data.build
+import data.stages.cleaning
 from data.baselines import baselines, heldout_documents, heldout_tokens
 from data.build import build
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
+from data.dedup.minhash import jaccard, shingles
 from data.documents import Document
 from data.errors import DataError
-from data.dedup.minhash import jaccard, shingles
 from data.store.blocks import BlockStore
 from data.store.manifest import load_manifest
 from data.stream.stream import open_stream
@@ -53,23 +54,22 @@ def config(directory: Path, out: str = "out", shuffle: int | None = None) -> Dat
         sources=sources(directory, shuffle),
         heldout_share=0.1,
         tokenizer=TokenizerConfig(vocab_size=500),
-        block_tokens=6000,
-        plan_lengths=[64],
+        store=StoreConfig(block_tokens=6000, plan_lengths=[64]),
     )
 
 
 @pytest.fixture(autouse=True)
 def _english_words_are_english(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up words have no language; the script rule is what these tests need."""
-    real = data.build.language
-    monkeypatch.setattr(data.build, "language", lambda text: "zh" if real(text) == "zh" else "en")
+    real = data.stages.cleaning.language
+    monkeypatch.setattr(data.stages.cleaning, "language", lambda text: "zh" if real(text) == "zh" else "en")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, dict[str, Any]]:
     patch = pytest.MonkeyPatch()
-    real = data.build.language
-    patch.setattr(data.build, "language", lambda text: "zh" if real(text) == "zh" else "en")
+    real = data.stages.cleaning.language
+    patch.setattr(data.stages.cleaning, "language", lambda text: "zh" if real(text) == "zh" else "en")
     settings = config(tmp_path_factory.mktemp("build"))
     report = build(settings, Console(quiet=True))
     patch.undo()
@@ -111,7 +111,7 @@ def test_blocks_hold_the_training_text(built: tuple[DataConfig, dict[str, Any]])
             for start, end in pairwise(offsets):
                 assert (tokens[start], tokens[end - 1]) == (0, 1)
                 texts.append(decode(tokenizer, tokens[start + 1 : end - 1]))
-            identities += json.loads((out / block.file.replace(".bin", ".ids.json")).read_bytes())
+            identities += store.ids(block)
         assert len(identities) == len(texts) == source.documents == report["languages"][source.language]["documents"]
         assert sum(len(text.encode()) for text in texts) == source.text_bytes
         assert identities != sorted(identities)
@@ -119,7 +119,7 @@ def test_blocks_hold_the_training_text(built: tuple[DataConfig, dict[str, Any]])
             for identity, text in zip(identities, texts, strict=True):
                 assert text == raw[identity] if identity != "same" else text == raw["0"]
     assert sum(len(source.blocks) for source in manifest.sources) > 2
-    assert (out / "plan-0000064.json").is_file()
+    assert (out / "plans" / "zh-64.json").is_file()
     stream = open_stream(out, 64, mtp_depth=1, seed=1, stage="pretrain")
     assert stream.read([0]).tokens.shape == (1, 64)
 
@@ -170,7 +170,7 @@ def test_finished_build_is_reused_until_it_differs(
 ) -> None:
     settings, report = built
     with monkeypatch.context() as patch:
-        patch.setattr(data.build, "_Build", None)
+        patch.setattr(data.build, "Corpus", None)
         again = build(settings, Console(quiet=True))
         assert again == {**report, "reused": True}
     block = next(Path(settings.out).glob("blocks/en/*.bin"))
@@ -187,7 +187,7 @@ def test_failed_build_leaves_what_was_there(
     def broken(*arguments: object) -> None:
         raise DataError("planted")
 
-    monkeypatch.setattr(data.build._Build, "tokenise", broken)
+    monkeypatch.setitem(data.build.STAGES, "tokenise", broken)
     with pytest.raises(DataError, match="planted"):
         build(replace(settings, seed=99), Console(quiet=True))
     out = Path(settings.out)
@@ -228,6 +228,9 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (damaged / name).write_bytes((Path(built[0].out) / name).read_bytes())
     swapped = tmp_path / "swapped"
     swapped.mkdir()
+    for table in (Path(built[0].out) / "blocks").glob("*.npy"):
+        (swapped / "blocks").mkdir(exist_ok=True)
+        (swapped / "blocks" / table.name).write_bytes(table.read_bytes())
     (swapped / "manifest.json").write_bytes((damaged / "manifest.json").read_bytes())
     (swapped / "tokenizer.json").write_bytes((damaged / "tokenizer.json").read_bytes() + b"\n")
     (damaged / "manifest.json").write_bytes(
@@ -244,8 +247,8 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (65, f"latin.jsonl is not UTF-8: byte 0xe9 at offset {len(han) + 24}", source("latin.jsonl")),
         (65, "no such file", source("nowhere.jsonl")),
         (65, "empty.jsonl holds no documents", source("empty.jsonl")),
-        (65, "broken.jsonl line 91 is not JSON", source("broken.jsonl")),
-        (65, "list.jsonl line 1: found list, need an object", source("list.jsonl")),
+        (65, "broken.jsonl line at offset", source("broken.jsonl")),
+        (65, "list.jsonl line at offset 0: found list, need an object", source("list.jsonl")),
         (65, "field 'text' must be text, found int", source("textless.jsonl")),
         (65, "lone surrogate at character 0", source("surrogate.jsonl")),
         (65, "is given twice", source("twice.jsonl")),
@@ -255,7 +258,7 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
             "unknown key 'tokenizer.vocab_sise'; did you mean 'tokenizer.vocab_size'?",
             ["build", "tokenizer.vocab_sise=3"],
         ),
-        (64, "unknown key 'blok_tokens'; did you mean 'block_tokens'?", ["build", "+blok_tokens=3"]),
+        (64, "unknown key 'store.blok_tokens'; did you mean 'store.block_tokens'?", ["build", "+store.blok_tokens=3"]),
         (64, "unknown key 'sources.en.wait'", ["build", "sources.en.wait=3"]),
         (64, "could not be converted to Integer", ["build", "seed=abc"]),
         (64, "heldout_share: found 1.5", ["build", "heldout_share=1.5", "tokenizer.vocab_size=5"]),
@@ -283,7 +286,9 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         assert message in err, (arguments, err)
         assert err.count("\n") == 1, err
         assert "{" not in out
-    assert not [path.name for path in tmp_path.iterdir() if "bad" in path.name and not path.name.endswith(".lock")]
+    assert not [
+        path.name for path in tmp_path.iterdir() if "bad" in path.name and not path.name.endswith((".lock", ".work"))
+    ]
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
 
 
