@@ -60,3 +60,16 @@ def star_edges(member_M: np.ndarray, edge_K: np.ndarray) -> tuple[np.ndarray, np
     centre_M = np.repeat(member_M[edge_K[:-1]], np.diff(edge_K))
     other_M = centre_M != member_M
     return centre_M[other_M], member_M[other_M]
+
+
+def packed(member_M: np.ndarray, edge_K: np.ndarray) -> np.ndarray:
+    """Buckets as one array int64 [M]: the members, the first of each bucket as ~document."""
+    packed_M = member_M.copy()
+    packed_M[edge_K[:-1]] = ~packed_M[edge_K[:-1]]
+    return packed_M
+
+
+def unpacked(packed_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The members and edges of `packed`."""
+    edge_K = np.append(np.flatnonzero(packed_M < 0), len(packed_M))
+    return np.where(packed_M < 0, ~packed_M, packed_M), edge_K

@@ -54,7 +54,7 @@ def classified(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray
         rough_D[np.searchsorted(np.cumsum(length_D), rough_N, side="right")] = True
         plain_N, plain_D = entry_N[~np.repeat(rough_D, length_D)], length_D[~rough_D]
         order_D = np.argsort(rough_D, kind="stable")
-        entry_N, length_D = _looked_up([folded(texts[i]) for i in np.flatnonzero(rough_D)], classes)
+        entry_N, length_D = _looked_up([folded(texts[i]) for i in np.flatnonzero(rough_D).tolist()], classes)
         entry_N, length_D = np.concatenate([plain_N, entry_N]), np.concatenate([plain_D, length_D])
     return entry_N & _CODE, (entry_N >> np.uint32(_SHIFT)).astype(np.uint8), length_D, order_D
 

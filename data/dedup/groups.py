@@ -25,7 +25,7 @@ def components(count: int, left_E: np.ndarray, right_E: np.ndarray) -> np.ndarra
 
 
 def survivors(group_M: np.ndarray, length_M: np.ndarray, identities: pa.Table) -> np.ndarray:
-    """For each of M documents the index of its group's survivor, int64 [M]. identities: columns source, id; [M] rows."""
+    """For each of M documents the index of its group's survivor, int64 [M]. identities: M rows of source and id."""
     table = pa.table(
         {
             "group": pa.array(group_M),

@@ -16,7 +16,7 @@ from data.dedup.bands import buckets, each_bucket, star_edges
 from data.dedup.exact import equal_documents, text_keys
 from data.dedup.groups import components, survivors
 from data.dedup.minhash import EMPTY, MinHash, band_keys, shingles, signatures
-from data.dedup.verify import verified_pairs
+from data.dedup.verify import PAIR, verified_pairs
 from data.documents import Document
 from data.hashing import key64
 
@@ -79,10 +79,10 @@ def near_duplicates(
     else:
         stars = [star_edges(*band) for band in bands]
         left_E, right_E = (np.concatenate(side) for side in zip(*stars))
-        pairs = []
+        pairs = np.empty(0, dtype=PAIR)
     label_D = components(len(documents), left_E, right_E)
     survivor_D = survivors(label_D, length_D, _identities(documents))
-    return Duplicates(survivor_D, tuple((int(left), int(right), float(value)) for left, right, value in pairs))
+    return Duplicates(survivor_D, tuple((int(left), int(right), float(value)) for left, right, value in pairs.tolist()))
 
 
 def _ranks(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ def rolled_shingles(hash_N: np.ndarray, count_D: np.ndarray, size: int) -> tuple
     with np.errstate(over="ignore"):
         for offset in range(1, size):
             rolled_N *= UINT64(_ROLL)
-            rolled_N[: len(hash_N) - offset] += hash_N[offset:]
+            rolled_N[: max(0, len(hash_N) - offset)] += hash_N[offset:]
         for short in np.flatnonzero((count_D > 0) & (count_D < size)).tolist():
             rolled = UINT64(0)
             for value in hash_N[first_D[short] : end_D[short]]:
