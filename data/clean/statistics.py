@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import xxhash
 
 from data.hashing import UINT64, mix
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_LETTERS = rf"(?:[^\W_{CJK}]|[\u0300-\u036f])+"
+_LETTERS = rf"[^\W_{CJK}]+(?:[\u0300-\u036f]+[^\W_{CJK}]*)*"
 _WORD = re.compile(rf"[{CJK}]|{_LETTERS}(?:['’\-]{_LETTERS})*|[^\s{CJK}]")
 _PARAGRAPH, _LINE = re.compile(r"\n{2,}"), re.compile(r"\n+")
 _CJK = re.compile(f"[{CJK}]")
@@ -43,7 +42,7 @@ class Statistics:
 
     @cached_property
     def alphabetic_words(self) -> int:
-        return sum(any(map(str.isalpha, word)) for word in self.words)
+        return sum(word[0].isalpha() or any(map(str.isalpha, word)) for word in self.words)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -60,8 +59,8 @@ class Statistics:
 
     @cached_property
     def _ids(self) -> np.ndarray:
-        known = {word: xxhash.xxh3_64_intdigest(word.encode()) for word in set(self.words)}
-        return np.fromiter((known[word] for word in self.words), dtype=UINT64, count=len(self.words))
+        known: dict[str, int] = {}
+        return np.array([known.setdefault(word, len(known)) for word in self.words], dtype=UINT64)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -78,17 +77,22 @@ class Statistics:
         that is the same for equal n-grams.
         """
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        total = len(self._ids)
-        place_N = np.arange(total)
+        place_N = np.arange(len(self._ids))
+        hash_N = np.zeros(len(place_N), dtype=UINT64)
+        hashed = 0
         for size in sorted(sizes):
-            place_N = place_N[place_N + size <= total]
-            hash_N = np.zeros(len(place_N), dtype=UINT64)
+            inside_N = place_N + size <= len(self._ids)
+            place_N, hash_N = place_N[inside_N], hash_N[inside_N]
+            if not len(place_N):
+                found[size] = place_N, place_N
+                continue
             with np.errstate(over="ignore"):
-                for offset in range(size):
-                    hash_N = hash_N * _ROLL + self._ids[place_N + offset]
-            _, group_N, count_G = np.unique(mix(hash_N), return_inverse=True, return_counts=True)
+                for offset in range(hashed, size):
+                    hash_N = mix(hash_N * _ROLL + self._ids[place_N + offset])
+            hashed = size
+            _, group_N, count_G = np.unique(hash_N, return_inverse=True, return_counts=True)
             again_N = count_G[group_N] > 1
-            place_N, group_N = place_N[again_N], group_N[again_N]
+            place_N, hash_N, group_N = place_N[again_N], hash_N[again_N], group_N[again_N]
             found[size] = place_N, group_N
         return found
 
@@ -99,9 +103,8 @@ class Statistics:
         place_N, group_N = repeats
         first, count = 0, 1
         if len(place_N):
-            _, first_G, count_G = np.unique(group_N, return_index=True, return_counts=True)
-            count = int(count_G.max())
-            first = int(place_N[first_G[count_G == count].min()])
+            count_N = np.bincount(group_N)[group_N]
+            first, count = int(place_N[count_N.argmax()]), int(count_N.max())
         return count * (int(self._ends[first + size] - self._ends[first]) + self._spaces * (size - 1))
 
     def duplicate_characters(self, size: int, repeats: tuple[np.ndarray, np.ndarray]) -> int:

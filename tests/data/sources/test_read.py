@@ -198,3 +198,24 @@ def test_a_faulty_document_stops_or_is_counted(tmp_path: Path, reason: str) -> N
     found = all_rows(file, documents=1, settings=replace(limits, faults="skip"), skipped=skipped)
     assert [row[1] for row in found] == ["0", "2"]
     assert skipped == {reason: 1}
+
+
+def test_positions_pass_over_what_is_skipped(tmp_path: Path) -> None:
+    content = b'{"id": "0", "text": "a"}\nbad\n{"id": "1", "text": "b"}\nbad\n'
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (file,) = list_files(str(tmp_path))
+    skip = ReadConfig(faults="skip")
+    counts: Counter[str] = Counter()
+    batches = list(read_batches(file, "s", "zh", None, 1, skip, counts))
+    assert [position.documents for _, position in batches] == [1, 2]
+    assert counts == {"not JSON": 2}
+    first, last = (position for _, position in batches)
+    assert last.offset == len(content)
+    rest: Counter[str] = Counter()
+    assert [len(table) for table, _ in read_batches(file, "s", "zh", first, 1, skip, rest)] == [1]
+    assert list(read_batches(file, "s", "zh", last, 1, skip, rest)) == []
+    # The skipped line before the second document was read with the first batch, the one after it with the second.
+    assert rest == {"not JSON": 1}
+    (tmp_path / "a.jsonl").write_bytes(b"bad\n")
+    ((nothing, position),) = read_batches(list_files(str(tmp_path))[0], "s", "zh", None, 1, skip)
+    assert len(nothing) == 0 and position == Position(4, 0)
