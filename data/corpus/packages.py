@@ -39,7 +39,8 @@ class Debian:
 
 @dataclass(frozen=True)
 class Source:
-    """One source: name.jsonl. select: pattern of the archive's files to read, without ".gz". joint: stands between paragraphs.
+    """One source: name.jsonl. select: pattern of the archive's files to read, without ".gz". joint: stands between
+    paragraphs.
 
     prose: keep only paragraphs that are prose, each once (for documentation); otherwise all, in order (for books).
     least_bytes: of UTF-8 text; less means that the package is not what it was.

@@ -64,7 +64,7 @@ def rst_paragraphs(text: str) -> list[str]:
 def rst_pages(members: Sequence[Member]) -> Iterator[tuple[str, list[str]]]:
     """Each file a document; its id is its path below what all share."""
     for identity, member in named(members):
-        yield re.sub(r"\.(rst|txt)$", "", identity), rst_paragraphs(member.text())
+        yield identity.removesuffix(".rst"), rst_paragraphs(member.text())
 
 
 def dictionary(members: Sequence[Member]) -> Iterator[tuple[str, list[str]]]:

@@ -10,7 +10,7 @@ import pytest
 
 from data.corpus.archive import Member
 from data.corpus.extract.html import html_pages, html_paragraphs
-from data.corpus.extract.plain import dictionary, rst_paragraphs, sayings, wrapped_text
+from data.corpus.extract.plain import dictionary, rst_pages, rst_paragraphs, sayings, wrapped_text
 from data.corpus.extract.rdata import character_vectors, novels
 from data.corpus.extract.roff import manual_pages, roff_paragraphs
 from data.corpus.prose import is_prose, pages, prose, unwrap
@@ -174,3 +174,8 @@ def test_bad_r_data_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=message):
             list(character_vectors(members))
+
+
+def test_ids_of_pages_stay_apart() -> None:
+    members = [Member(f"D/{name}", b"x") for name in ("a/b.rst", "a/b.txt", "c.rst")]
+    assert [identity for identity, _ in rst_pages(members)] == ["a/b", "a/b.txt", "c"]
