@@ -19,7 +19,8 @@ from data.stream.packing import PackedBlock
 class ReadyBlock:
     """A packed block with what reading it needs. tokens_N: its stored tokens. first_document: number of its first
     document in the source. piece_P5: per piece (document in the source, start in the document as read, length, start in
-    the block or -1 if rearranged, place in `documents`), int64.
+    the block or -1 if rearranged, place in `documents`). fim_C4: per document (start in the block, stored tokens, the
+    two cuts). Both int64.
     """
 
     packed: PackedBlock
@@ -27,6 +28,7 @@ class ReadyBlock:
     tokens_N: np.ndarray
     first_document: int
     piece_P5: np.ndarray
+    fim_C4: np.ndarray
 
     @staticmethod
     def of(packed: PackedBlock, documents: Documents, tokens_N: np.ndarray, first_document: int) -> ReadyBlock:
@@ -35,7 +37,8 @@ class ReadyBlock:
         stored_P = np.where(documents.fim_C[chosen_P], -1, documents.start_C[chosen_P] + packed.start_P)
         number_P = documents.index_C[chosen_P] + first_document
         piece_P5 = np.stack([number_P, packed.start_P, packed.length_P, stored_P, chosen_P], axis=1)
-        return ReadyBlock(packed, documents, tokens_N, first_document, piece_P5)
+        fim_C4 = np.column_stack([documents.start_C, documents.stored_C, documents.cut_C2])
+        return ReadyBlock(packed, documents, tokens_N, first_document, piece_P5, fim_C4)
 
     def pieces(self, sequence: int) -> list[list[int]]:
         """Rows of `piece_P5` of one sequence."""
@@ -65,7 +68,10 @@ class BatchMaker:
                 if stored >= 0:
                     tokens_N[place:end] = stored_N[stored : stored + length]
                 else:
-                    self._write_fim(tokens_N[place:end], block, chosen, start)
+                    at, stored, first, second = block.fim_C4[chosen].tolist()
+                    write_fim(
+                        tokens_N[place:end], stored_N[at : at + stored], stored, (first, second), start, self.fim_ids
+                    )
                 numbers.append(number)
                 lengths.append(length)
                 ends.append(end)
@@ -77,7 +83,7 @@ class BatchMaker:
                 ends.append(end)
                 place = end
         number_P, length_P, end_P = (np.array(column, dtype=np.int64) for column in (numbers, lengths, ends))
-        documents_bT = np.repeat(number_P, length_P).reshape(b, T)
+        documents_bT = number_P.repeat(length_P).reshape(b, T)
         padding = [slice(ends[i] - lengths[i], ends[i]) for i in np.flatnonzero(number_P < 0).tolist()]
         real_bT = np.ones((b, T), dtype=bool)
         for span in padding:
@@ -139,12 +145,6 @@ class BatchMaker:
             real=piece_bT >= 0,
             source=source_b,
         )
-
-    def _write_fim(self, out_N: np.ndarray, block: ReadyBlock, chosen: int, start: int) -> None:
-        documents = block.documents
-        first, second = documents.cut_C2[chosen].tolist()
-        stored_N = block.tokens_N[documents.start_C[chosen] :]
-        write_fim(out_N, stored_N, int(documents.stored_C[chosen]), (first, second), start, self.fim_ids)
 
     def _positions_bT(self, b: int) -> np.ndarray:
         if b not in self._positions:

@@ -77,6 +77,18 @@ def write_fim(
     content = length - 2
     hole = 2 + first
     end = hole + 1 + content - second
+    if start == 0 and len(out_N) == length + ADDED:
+        out_N[0], out_N[1], out_N[hole], out_N[end], out_N[-1] = (
+            stored_N[0],
+            ids[0],
+            ids[1],
+            ids[2],
+            stored_N[length - 1],
+        )
+        out_N[2:hole] = stored_N[1 : 1 + first]
+        out_N[hole + 1 : end] = stored_N[1 + second : length - 1]
+        out_N[end + 1 : -1] = stored_N[1 + first : 1 + second]
+        return
     runs = (
         (0, 1, 0),
         (2, hole, 1),

@@ -40,14 +40,20 @@ class BlockOrder:
     def locate(self, count_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, block, sequence of the block), int64 [N] each, of samples that come after `count_N` others."""
         epoch_N, rest_N = self._in_epoch(count_N)
+        epochs = set(epoch_N.tolist())
+        if len(epochs) == 1:
+            return epoch_N, *self._within(epochs.pop(), rest_N)
         block_N, sequence_N = np.empty_like(rest_N), np.empty_like(rest_N)
-        for epoch in np.unique(epoch_N).tolist() if len(epoch_N) > 1 else epoch_N.tolist():
-            block_B, first_B = self._epoch(epoch)
+        for epoch in epochs:
             here = epoch_N == epoch
-            place_N = np.searchsorted(first_B, rest_N[here], side="right") - 1
-            block_N[here] = block_B[place_N]
-            sequence_N[here] = rest_N[here] - first_B[place_N]
+            block_N[here], sequence_N[here] = self._within(epoch, rest_N[here])
         return epoch_N, block_N, sequence_N
+
+    def _within(self, epoch: int, rest_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(block, sequence of the block), int64 [N] each, of places among an epoch's sequences."""
+        block_B, first_B = self._epoch(epoch)
+        place_N = first_B.searchsorted(rest_N, side="right") - 1
+        return block_B[place_N], rest_N - first_B[place_N]
 
     def blocks_begun(self, count: int) -> int:
         """Blocks, counted through the epochs from the first, that the first `count` samples have touched or passed
@@ -80,8 +86,10 @@ class BlockOrder:
         while self._end_E[-1] <= count_N.max(initial=0):
             epoch = self.first_epoch + len(self._end_E)
             self._end_E.append(self._end_E[-1] + int(self._epoch(epoch)[1][-1]))
+        if len(self._end_E) == 1:
+            return np.full_like(count_N, self.first_epoch), count_N + self.skipped
         end_E = np.array(self._end_E)
-        turn_N = np.searchsorted(end_E, count_N, side="right")
+        turn_N = end_E.searchsorted(count_N, side="right")
         start_E = np.concatenate([[-self.skipped], end_E[:-1]])
         return turn_N + self.first_epoch, count_N - start_E[turn_N]
 

@@ -227,9 +227,12 @@ class Stream:
         """(source, epoch, block, sequence of the block) of served samples, int64 [N] each."""
         mixed_N, count_N = self.mixture.locate(self._skip.raw(sample_N))
         source_N = self._source_M[mixed_N]
-        place_3N = np.empty((3, len(sample_N)), dtype=np.int64)
+        numbers = set(source_N.tolist())
         with self._lock:
-            for number in set(source_N.tolist()):
+            if len(numbers) == 1:
+                return source_N, *self._orders[numbers.pop()].locate(count_N)
+            place_3N = np.empty((3, len(sample_N)), dtype=np.int64)
+            for number in numbers:
                 here = source_N == number
                 place_3N[:, here] = self._orders[number].locate(count_N[here])
         return source_N, place_3N[0], place_3N[1], place_3N[2]
