@@ -38,7 +38,7 @@ def assert_balanced(documents: pa.Table, cleaned: Cleaned) -> None:
 def test_declared_languages() -> None:
     documents = table(
         ("en", ENGLISH),
-        ("zh", CHINESE + " \r\n"),
+        ("zh", CHINESE + "\u3000\r\n"),
         ("en", GERMAN),
         ("zh", ENGLISH),
         ("zh", " \u200b\n"),
@@ -51,7 +51,7 @@ def test_declared_languages() -> None:
         "language": {"en": [2, len(GERMAN.encode()) + len(CHINESE.encode())], "zh": [1, len(ENGLISH)]},
         "empty": {"zh": [1, 5]},
     }
-    assert cleaned.edited == {"normalised": {"en": [1, 1], "zh": [1, 3]}}
+    assert cleaned.edited == {"normalised": {"en": [1, 1], "zh": [1, 5]}}
     assert_balanced(documents, cleaned)
 
 
