@@ -28,7 +28,7 @@ USAGE = """usage: python -m data COMMAND [key=value ...]
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
              (config=NAME is conf/data/NAME.yaml; every key of it can be given)
              killed, it goes on where it was; its stages one by one, with the same keys:
-             import clean dedup split tokenizer tokenise shuffle plan publish
+             import clean decontaminate dedup split tokenizer tokenise shuffle plan publish
   baselines  bits per byte of simple models, held-out text  data=DIR"""
 
 

@@ -19,6 +19,7 @@ from data.config import DataConfig, validate
 from data.errors import DataError, UsageError
 from data.hashing import file_sha256, json_sha256
 from data.publish import locked, make_directory, published, refuse_foreign, write_file
+from data.sources.files import list_files
 from data.stages.importing import take_inventory
 from data.stages.local import LocalEngine
 from data.stages.marker import sync
@@ -66,7 +67,7 @@ def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[
             engine_config = config.engine
             runner = Runner(work, engine, progress, engine_config.verify, engine_config.workers, frozenset(before))
             inventory = take_inventory(runner, config.sources)
-            build_digest = _build_digest(config, inventory.sha256)
+            build_digest = _build_digest(config, runner, inventory.sha256)
             if (found := _finished(out, build_digest)) is not None:
                 _clear(config, work)
                 return {**found, "reused": True}
@@ -82,13 +83,15 @@ def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[
     return {**content, "reused": False}
 
 
-def _build_digest(config: DataConfig, inputs: dict[str, list[str]]) -> str:
+def _build_digest(config: DataConfig, runner: Runner, inputs: dict[str, list[str]]) -> str:
     settings = asdict(config)
     for key in ("out", "raw", "work", "keep_work", "engine"):
         del settings[key]
     del settings["store"]["partition_documents"], settings["tokenizer"]["encoder"]
     for source in settings["sources"].values():
         del source["path"], source["paths"]
+    benchmarks = [file for path in settings["decontaminate"].pop("paths") for file in list_files(path)]
+    inputs = {**inputs, "decontaminate.paths": [runner.digest(file.path) for file in benchmarks]}
     folder = Path(config.tokenizer.path) if config.tokenizer.path else None
     settings["tokenizer"]["path"] = (
         [file_sha256(file) for file in sorted(folder.glob("tokenizer*.json"))] if folder else []

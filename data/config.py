@@ -9,6 +9,8 @@ from fractions import Fraction
 
 from omegaconf import MISSING
 
+from data.clean.clean import CleanConfig, validate_clean
+from data.clean.thresholds import QualityConfig, chinese, english
 from data.dedup.bands import SCOPES
 from data.errors import UsageError
 from data.sources.config import ReadConfig, validate_read
@@ -16,7 +18,6 @@ from data.sources.config import ReadConfig, validate_read
 MAX_WEIGHT_PERIOD = 100_000
 SPECIAL_TOKENS = 6
 BYTES = 256
-AUTO = "auto"
 ENCODERS = ("auto", "huggingface", "gigatoken")
 
 
@@ -67,6 +68,20 @@ class SourceConfig:
 
 
 @dataclass
+class CleanKeys:
+    """What is kept of the documents: the keys of `data.clean.clean.CleanConfig`. quality: by language; its families are
+    empty, so that nothing is filtered, until they are named. languages: those kept of sources with language "auto".
+    """
+
+    quality: dict[str, QualityConfig] = field(default_factory=lambda: {"en": english(), "zh": chinese()})
+    languages: list[str] = field(default_factory=list)
+
+    def config(self) -> CleanConfig:
+        """The same, unchangeable."""
+        return CleanConfig(dict(self.quality), tuple(self.languages))
+
+
+@dataclass
 class DecontaminateConfig:
     """Documents that share a run of `ngram` tokens with a benchmark's texts are dropped. paths: files of such texts,
     read as sources are; none: nothing is dropped.
@@ -74,6 +89,7 @@ class DecontaminateConfig:
 
     paths: list[str] = field(default_factory=list)
     ngram: int = 10
+    read: ReadKeys = field(default_factory=ReadKeys)
 
 
 @dataclass
@@ -154,6 +170,7 @@ class DataConfig:
     keep_work: bool = False
     seed: int = 17
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    clean: CleanKeys = field(default_factory=CleanKeys)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     heldout_share: float = 0.04
@@ -223,6 +240,8 @@ def validate(config: DataConfig) -> None:
             )
     if problems:
         raise UsageError("; ".join(problems))
+    validate_clean(config.clean.config())
+    validate_read(config.decontaminate.read.config(), "decontaminate.read")
 
 
 def _source_problems(name: str, source: SourceConfig) -> list[str]:

@@ -5,6 +5,7 @@ A task is finished when its directory holds a marker with the digest of the same
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import unicodedata
@@ -17,8 +18,9 @@ from typing import Any
 
 import tokenizers
 
-from data.errors import DataError, UsageError
-from data.hashing import file_sha256, json_sha256
+from data.errors import UsageError
+from data.hashing import json_sha256
+from data.sources.files import SourceFile, open_file
 from data.stages.contract import ChainFunction, Counts, Engine, Task, TaskFunction
 from data.stages.marker import Done, fresh_directory, load, publish, remove
 from data.stages.progress import Progress
@@ -102,10 +104,11 @@ class Runner:
     def digest(self, path: str) -> str:
         """sha256 of an input, from the marker of the task that wrote it where there is one."""
         if path not in self.digests:
-            try:
-                self.digests[path] = file_sha256(Path(path))
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror}") from None
+            digest = hashlib.sha256()
+            with open_file(SourceFile(path, "", 0, "")) as file:
+                while content := file.read(1 << 20):
+                    digest.update(content)
+            self.digests[path] = digest.hexdigest()
         return self.digests[path]
 
     def _finish(self, stage: str, jobs: list[_Job], done: dict[str, Any], work: Callable[[_Job], Any]) -> None:

@@ -14,7 +14,8 @@ from data.config import DataConfig, parse_weight
 from data.contract import Manifest
 from data.dedup.resolve import EXACT, NEAR, OLD
 from data.ledger import Ledger
-from data.stages.cleaning import clean_shards
+from data.stages.cleaning import Reasons, clean_shards, left_by_step, reasons
+from data.stages.decontaminating import drop_contaminated
 from data.stages.deduplicating import Deduplicated, remove_duplicates
 from data.stages.importing import Inventory, import_sources
 from data.stages.marker import Done
@@ -42,6 +43,8 @@ class Corpus:
     shards: Shards = field(default_factory=dict)
     heldout: list[Done] = field(default_factory=list)
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: Reasons = field(default_factory=dict)
+    edited: Reasons = field(default_factory=dict)
     dedup: Deduplicated | None = None
     tokenizer: Done | None = None
     blocks: Shards = field(default_factory=dict)
@@ -66,11 +69,6 @@ class Corpus:
         """Counts of all shards."""
         return [part.counts for parts in self.shards.values() for part in parts]
 
-    def record(self, *steps: str) -> None:
-        """Note steps of which the shards' counts say what was left."""
-        for step in steps:
-            self.ledger.record(step, total([count["left"] for count in self.counts()], step))
-
 
 def run_import(corpus: Corpus) -> None:
     config = corpus.config
@@ -84,10 +82,18 @@ def run_import(corpus: Corpus) -> None:
 
 
 def run_clean(corpus: Corpus) -> None:
-    corpus.shards = clean_shards(corpus.runner, corpus.shards, corpus.languages)
+    corpus.shards = clean_shards(corpus.runner, corpus.shards, corpus.config.clean.config())
+    corpus.dropped, corpus.edited = (reasons(corpus.counts(), key) for key in ("dropped", "edited"))
     # Noted now and not at import: a source that declares no language has one only since it was looked at.
-    corpus.ledger.record("read", total(corpus.counts(), "read"))
-    corpus.record("normalised", "language")
+    for step, left in left_by_step(corpus.counts()):
+        corpus.ledger.record(step, left)
+
+
+def run_decontaminate(corpus: Corpus) -> None:
+    if not corpus.config.decontaminate.paths:
+        return
+    corpus.shards = drop_contaminated(corpus.runner, corpus.shards, corpus.config.decontaminate)
+    corpus.ledger.record("benchmarks", total(corpus.counts()))
 
 
 def run_dedup(corpus: Corpus) -> None:
@@ -140,6 +146,7 @@ def run_plan(corpus: Corpus) -> None:
 STAGES: dict[str, Callable[[Corpus], None]] = {
     "import": run_import,
     "clean": run_clean,
+    "decontaminate": run_decontaminate,
     "dedup": run_dedup,
     "split": run_split,
     "tokenizer": run_tokenizer,
@@ -160,6 +167,8 @@ def report(corpus: Corpus) -> dict[str, Any]:
         "vocabulary": corpus.tokenizer.counts["vocabulary"],
         "vocabulary_padded": corpus.manifest.vocab_size,
         "skipped": corpus.skipped,
+        "dropped": corpus.dropped,
+        "edited": corpus.edited,
         "steps": corpus.ledger.steps,
         "dedup": corpus.dedup.counts,
         "near_duplicates": [

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data.clean.clean import AUTO
 from data.errors import DataError
 from data.hashing import UINT64, canonical_json, key64
 from data.stages.contract import Counts, Task
@@ -61,7 +62,7 @@ def hold_out(
     """
     parts = [(name, part) for name, group in shards.items() for part in group]
     found = total([part.counts for _, part in parts])
-    for language in sorted(set(declared.values())):
+    for language in sorted(set(declared.values()) - {AUTO}):
         if (left := found.get(language, [0, 0])[0]) < 2:
             raise DataError(f"language '{language}': {left} documents left after cleaning, need at least 2")
     limits = {}

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import data.build
-import data.stages.cleaning
+import data.clean.clean
 from data.baselines import baselines, heldout_documents, heldout_tokens
 from data.build import build
 from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
@@ -61,15 +61,15 @@ def config(directory: Path, out: str = "out", shuffle: int | None = None) -> Dat
 @pytest.fixture(autouse=True)
 def _english_words_are_english(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up words have no language; the script rule is what these tests need."""
-    real = data.stages.cleaning.language
-    monkeypatch.setattr(data.stages.cleaning, "language", lambda text: "zh" if real(text) == "zh" else "en")
+    real = data.clean.clean.language
+    monkeypatch.setattr(data.clean.clean, "language", lambda text: "zh" if real(text) == "zh" else "en")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, dict[str, Any]]:
     patch = pytest.MonkeyPatch()
-    real = data.stages.cleaning.language
-    patch.setattr(data.stages.cleaning, "language", lambda text: "zh" if real(text) == "zh" else "en")
+    real = data.clean.clean.language
+    patch.setattr(data.clean.clean, "language", lambda text: "zh" if real(text) == "zh" else "en")
     settings = config(tmp_path_factory.mktemp("build"))
     report = build(settings, Console(quiet=True))
     patch.undo()
@@ -80,7 +80,15 @@ def test_steps_keep_and_drop_what_was_planted(built: tuple[DataConfig, dict[str,
     steps = built[1]["steps"]
     assert steps["read"]["zh"]["documents"] == 93
     dropped = {step: row["zh"]["dropped_documents"] for step, row in steps.items()}
-    assert dropped == {"read": 0, "normalised": 1, "language": 1, "exact dedup": 1, "near dedup": 30, "held out": 6}
+    assert dropped == {
+        "read": 0,
+        "normalised": 1,
+        "language": 1,
+        "quality": 0,
+        "exact dedup": 1,
+        "near dedup": 30,
+        "held out": 6,
+    }
     assert steps["near dedup"]["en"] | {"bytes": 0, "dropped_bytes": 0} == {
         "documents": 60,
         "bytes": 0,

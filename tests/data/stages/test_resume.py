@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import zstandard
 from rich.console import Console
 
 from data.build import STAGE_COMMANDS, build, run_stage
+from data.documents import Document
 from data.errors import UsageError
 from data.stages.marker import MARKER_FILE
 from data.stages.runner import LOG_FILE
@@ -162,6 +163,27 @@ def test_stages_one_by_one(corpus: Corpus, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     assert run_stage(config, QUIET, "publish")["manifest_digest"] == corpus.report["manifest_digest"]
     assert run_stage(config, QUIET, "import")["reused"]
+
+
+def test_benchmark_texts_are_kept_out(corpus: Corpus, tmp_path: Path) -> None:
+    found = [d for d in documents() if d.language == "en" and "/" not in d.id][:2]
+    asked = [Document("q1", found[0].text[40:160], "b", "en"), Document("q2", "too short", "b", "en")]
+    write_jsonl(tmp_path / "benchmark.jsonl", asked)
+    config = settings(tmp_path / "out", corpus.paths)
+    config.decontaminate.paths = [str(tmp_path / "benchmark.jsonl")]
+    report = build(config, QUIET)
+    assert report["steps"]["benchmarks"]["en"]["dropped_documents"] == 3
+    assert report["steps"]["benchmarks"]["zh"]["dropped_documents"] == 0
+
+
+def test_a_source_of_several_languages(corpus: Corpus, tmp_path: Path) -> None:
+    config = settings(tmp_path / "out", {"auto": corpus.paths["en"] + corpus.paths["zh"]})
+    write_jsonl(tmp_path / "zh.jsonl", [replace(d, id=f"zh{d.id}") for d in documents() if d.language == "zh"])
+    config.sources["auto"].paths = [str(corpus.paths["en"][0]), str(tmp_path / "zh.jsonl")]
+    report = build(config, QUIET)
+    for language in ("en", "zh"):
+        assert report["steps"]["read"][language]["documents"] == 56
+        assert report["languages"][language]["heldout_documents"] == 4
 
 
 def test_changed_settings_redo_what_they_touch(corpus: Corpus, tmp_path: Path) -> None:
