@@ -21,15 +21,19 @@ from data.config import BaselinesConfig, DataConfig, FetchConfig
 from data.errors import DataError, UsageError
 from data.fetch import fetch
 from data.ledger import ledger_table
+from data.look.inspect import InspectConfig, inspect
+from data.look.report import ReportConfig, report
 
-COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines")
+COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines", "inspect", "report")
 USAGE = """usage: python -m data COMMAND [key=value ...]
   fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
              (config=NAME is conf/data/NAME.yaml; every key of it can be given)
              killed, it goes on where it was; its stages one by one, with the same keys:
              import clean decontaminate dedup split tokenizer tokenise shuffle plan publish
-  baselines  bits per byte of simple models, held-out text  data=DIR"""
+  baselines  bits per byte of simple models, held-out text  data=DIR
+  inspect    one sample of the stream, decoded              data=DIR sample=N length=N seed=N fim_rate=SHARE
+  report     a page with pictures of a built corpus         data=DIR out=DIR +tokenizers.NAME=FOLDER ..."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +49,14 @@ def main(arguments: Sequence[str]) -> int:
         if command in STAGE_COMMANDS:
             result = _stage(command, rest)
         else:
-            result = {"fetch": _fetch, "build": _build, "baselines": _baselines}[command](rest)
+            commands = {
+                "fetch": _fetch,
+                "build": _build,
+                "baselines": _baselines,
+                "inspect": _inspect,
+                "report": _report,
+            }
+            result = commands[command](rest)
     except DataError as error:
         print(f"data: {error}".replace("\n", " "), file=sys.stderr)
         return error.exit_code
@@ -119,6 +130,14 @@ def _baselines(arguments: list[str]) -> dict[str, Any]:
         table.add_row(language, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     return {"data": config.data, "bits_per_byte": figures}
+
+
+def _inspect(arguments: list[str]) -> dict[str, Any]:
+    return inspect(compose_dataclass(InspectConfig, None, arguments), Console())
+
+
+def _report(arguments: list[str]) -> dict[str, Any]:
+    return report(compose_dataclass(ReportConfig, None, arguments))
 
 
 if __name__ == "__main__":

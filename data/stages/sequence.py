@@ -178,6 +178,7 @@ def report(corpus: Corpus) -> dict[str, Any]:
             language: _summary(corpus, language, counts.get(language, [0, 0])) for language in total(corpus.counts())
         },
         "mixture": {source.name: source.weight for source in corpus.manifest.sources},
+        "plan_lengths": list(corpus.config.store.plan_lengths),
         "files": corpus.files,
     }
 

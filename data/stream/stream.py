@@ -164,6 +164,16 @@ class Stream:
         """What `read` returns, token by token."""
         return self._maker.reference(*self._places(samples))
 
+    def place(self, sample: int) -> tuple[int, int, int, int, ReadyBlock]:
+        """Where a served sample comes from: (source index, epoch, block, sequence of it, the packed block)."""
+        source, epoch, block, sequence = (int(column[0]) for column in self._locate(np.array([sample], dtype=np.int64)))
+        return source, epoch, block, sequence, self._ready_block(source, epoch, block)
+
+    def document_ids(self, source: int, block: int) -> list[str] | None:
+        """Identities of a block's documents, None where the corpus was made without. Error: DataError."""
+        listed = self._sources[source].blocks[block]
+        return self._store.ids(listed) if listed.ids_sha256 else None
+
     def prefetch(self, sample: int) -> None:
         """Have the store fetch, in the background, the blocks that come at `sample` and after it."""
         taken = self.mixture.taken(self._skip.raw_end(sample)).tolist()

@@ -1,0 +1,108 @@
+"""Looking at data: a sample's parts against the stream's tokens, the page against its corpus."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from data.__main__ import main
+from data.build import build
+from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
+from data.contract import IGNORE
+from data.look.html import html_page, table_section
+from data.look.inspect import document_runs, read_sample
+from data.look.report import groups_of_copies
+from data.stream.fim import apply_fim
+from data.stream.stream import open_stream
+from tests.data.synthetic import planted, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("look")
+    # Made-up English is no language that the language model would know.
+    write_jsonl(folder / "zh.jsonl", [d for d in planted(5, 14, (0.0, 0.01)) if d.source == "zh"])
+    config = DataConfig(
+        out=str(folder / "corpus"),
+        sources={"zh": SourceConfig(path=str(folder / "zh.jsonl"), language="zh")},
+        tokenizer=TokenizerConfig(vocab_size=700),
+        store=StoreConfig(block_tokens=4096, plan_lengths=[256]),
+    )
+    build(config, Console(quiet=True))
+    return folder / "corpus"
+
+
+@pytest.mark.parametrize("parts", [(0, 0, 0), (3, 0, 2), (4, 5, 6), (0, 7, 0)])
+def test_runs_are_where_fim_puts_its_parts(parts: tuple[int, int, int]) -> None:
+    prefix, suffix, middle = parts
+    content = np.arange(100, 100 + sum(parts))
+    # The middle lies between prefix and suffix in the stored text.
+    document = np.concatenate([[0], content, [1]])
+    read = apply_fim(document, prefix, prefix + middle, (3, 4, 5))
+    runs = document_runs(len(read), (prefix, suffix, middle))
+    found = {kind: read[first:end].tolist() for kind, first, end in runs if kind != "special"}
+    assert found["prefix"] == content[:prefix].tolist()
+    assert found["middle"] == content[prefix : prefix + middle].tolist()
+    assert found["suffix"] == content[prefix + middle :].tolist()
+    assert [read[first] for kind, first, _ in runs if kind == "special"] == [0, 3, 4, 5, 1]
+    assert runs[0][1] == 0 and runs[-1][2] == len(read)
+    assert all(left[2] == right[1] for left, right in zip(runs, runs[1:]))
+
+
+def test_a_sample_is_described_as_it_is_read(corpus: Path) -> None:
+    stream = open_stream(corpus, 256, mtp_depth=0, seed=3, stage="x", fim_rate=0.5)
+    rearranged = 0
+    for number in range(40):
+        sample, batch = read_sample(stream, number), stream.read([number])
+        assert sample.tokens == tuple(batch.tokens[0].tolist())
+        assert sample.labels == int((batch.labels[0] != IGNORE).sum())
+        assert sample.padding == int((~batch.real[0]).sum())
+        for piece in sample.pieces:
+            inside = batch.documents[0, piece.place : piece.place + piece.length]
+            assert set(inside.tolist()) == {piece.number}
+            assert piece.runs[0].first == piece.place and piece.runs[-1].end == piece.place + piece.length
+            specials = [sample.tokens[r.first] for r in piece.runs if r.kind == "special"]
+            assert set(specials) <= {0, 1, 3, 4, 5}
+            rearranged += piece.fim is not None
+            assert piece.id
+    assert rearranged > 5
+
+
+def test_inspect_prints_documents_and_one_object(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"data={corpus}", "sample=2", "length=256", "fim_rate=0.5", "seed=3"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["source"] == "zh" and sum(d["tokens"] for d in last["documents"]) + last["padding"] == 256
+    assert main(["inspect", f"data={corpus}", "sample=-1"]) == 64
+    assert "sample: found -1" in capsys.readouterr().err
+
+
+def test_the_page_holds_its_pictures(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"data={corpus}", f"out={tmp_path / 'page'}"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["pictures"] == ["steps", "lengths", "copies", "fertility"]
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert text.count("data:image/png;base64,") == 4
+    assert "Removed beside kept" in text and "<mark>" in text
+    assert all((tmp_path / "page" / f"{name}.png").stat().st_size > 5000 for name in last["pictures"])
+
+
+def test_a_page_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"data={tmp_path}"]) == 65
+    assert "cannot read the manifest" in capsys.readouterr().err
+
+
+def test_groups_of_copies_count_the_one_that_stays() -> None:
+    rows = [("a", "1", "9"), ("a", "2", "9"), ("a", "3", "8"), ("b", "4", "8")]
+    table = pa.table({key: [row[i] for row in rows] for i, key in enumerate(("kept_source", "id", "kept_id"))})
+    assert groups_of_copies(table) == {2: 2, 3: 1}
+    assert groups_of_copies(table.slice(0, 0)) == {}
+
+
+def test_text_is_escaped() -> None:
+    shown = html_page("<t>", "", [table_section("<h>", "&", ("<c>",), [("<x>",), (1234,), (0.5,)])])
+    assert "<t>" not in shown.replace("<title>", "") and "&lt;x&gt;" in shown and "1,234" in shown and "0.5" in shown
