@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_runs_are_where_fim_puts_its_parts(parts: tuple[int, int, int]) -> None:
     assert found["suffix"] == content[prefix + middle :].tolist()
     assert [read[first] for kind, first, _ in runs if kind == "special"] == [0, 3, 4, 5, 1]
     assert runs[0][1] == 0 and runs[-1][2] == len(read)
-    assert all(left[2] == right[1] for left, right in zip(runs, runs[1:]))
+    assert all(left[2] == right[1] for left, right in pairwise(runs))
 
 
 def test_a_sample_is_described_as_it_is_read(corpus: Path) -> None:
