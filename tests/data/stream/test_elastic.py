@@ -117,6 +117,12 @@ def test_a_range_may_be_added_ahead_but_not_behind(corpus: Path) -> None:
                 stream(corpus, skip=[*before, behind]).resume(state)
 
 
+def test_other_ranges_of_the_same_size_are_refused(corpus: Path) -> None:
+    state = stream(corpus, skip=[(3, 8)]).state(96)
+    with pytest.raises(DataError, match="another stream"):
+        stream(corpus, skip=[(10, 15)]).resume(state)
+
+
 def test_state_is_small_and_versioned(tmp_path: Path) -> None:
     names = {f"{'n' * 90}{number:02d}": 3 for number in range(40)}
     token_corpus(tmp_path, names)
