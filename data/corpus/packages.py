@@ -225,7 +225,7 @@ STANDARD = (
         package=Debian(("fortunes-zh",)),
         select=r"usr/share/games/fortunes/(tang300|song100)",
         extract=sayings,
-        least_bytes=400_000,
+        least_bytes=90_000,
     ),
     _html(
         "handbook_zh",
