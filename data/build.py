@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data.config import DataConfig, validate
+from data.config import DataConfig, parse_weights, validate
 from data.errors import DataError, UsageError
 from data.hashing import file_sha256, json_sha256
 from data.publish import locked, make_directory, published, refuse_foreign, write_file
@@ -28,6 +28,7 @@ from data.stages.runner import Runner, versions
 from data.stages.sequence import STAGES, Corpus, report, report_json
 from data.stages.storing import link
 from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, verify_files
+from data.stream.mixture import Mixture
 
 REPORT_FILE = "report.json"
 MARK_FILE = "WORK"
@@ -54,6 +55,8 @@ def run_stage(config: DataConfig, console: Console, stage: str) -> dict[str, Any
 
 def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[str, ...]) -> dict[str, Any]:
     validate(config)
+    # Refuses weights whose mixture repeats too late before any work is done.
+    Mixture(parse_weights({name: source.weight for name, source in config.sources.items()}, "source weights"))
     out = Path(config.out)
     work = Path(config.work or f"{config.out}.work")
     if work.resolve() == out.resolve():

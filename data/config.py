@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 
@@ -197,6 +198,17 @@ def parse_weight(text: str, where: str) -> Fraction:
     return weight
 
 
+def parse_weights(given: Mapping[str, str], where: str) -> dict[str, Fraction]:
+    """Weights by source. Whole numbers and fractions of any size are a ratio; where all are below 1 they are shares and
+    must sum to 1. Error: UsageError, also naming a weight that is no positive rational.
+    """
+    weights = {name: parse_weight(text, f"weight of {name}") for name, text in given.items()}
+    if weights and max(weights.values()) < 1 and (total := sum(weights.values())) != 1:
+        shown = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise UsageError(f"{where}: {shown} are shares that sum to {total}, need 1; ratios may be whole numbers")
+    return weights
+
+
 def validate(config: DataConfig) -> None:
     """Refuse values that cannot work, all problems in one line (UsageError)."""
     problems = []
@@ -240,6 +252,7 @@ def validate(config: DataConfig) -> None:
             )
     if problems:
         raise UsageError("; ".join(problems))
+    parse_weights({name: source.weight for name, source in config.sources.items()}, "source weights")
     validate_clean(config.clean.config())
     validate_read(config.decontaminate.read.config(), "decontaminate.read")
 

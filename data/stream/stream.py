@@ -19,7 +19,7 @@ from threading import RLock
 
 import numpy as np
 
-from data.config import parse_weight
+from data.config import parse_weights
 from data.contract import STATE_VERSION, Manifest, MicroBatch, StepCounts, StreamState
 from data.errors import DataError, UsageError
 from data.hashing import json_sha256, key64
@@ -81,7 +81,7 @@ def open_stream(
     }
     return Stream(
         BlockStore(location, manifest, verified=verify),
-        {name: parse_weight(given[name], f"weight of {name}") for name in known if name in given},
+        parse_weights({name: given[name] for name in known if name in given}, "weights"),
         keys,
         SkipList(skip),
         mtp_depth=mtp_depth,

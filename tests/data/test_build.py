@@ -271,6 +271,8 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (64, "could not be converted to Integer", ["build", "seed=abc"]),
         (64, "heldout_share: found 1.5", ["build", "heldout_share=1.5", "tokenizer.vocab_size=5"]),
         (64, "sources.en.weight: found 'much'", ["build", "sources.en.weight=much"]),
+        (64, "shares that sum to 9/10, need 1", ["build", "sources.en.weight=0.7", "sources.zh.weight=0.2"]),
+        (64, "repeat only after", ["build", "sources.en.weight=999983", "sources.zh.weight=999979"]),
         (64, "no configuration 'dmo'", ["build", "config=dmo"]),
         (64, "unknown command 'biuld'; did you mean 'build'?", ["biuld"]),
         (73, "holds no manifest.json: not replacing it", [*source("en.jsonl"), f"out={tmp_path / 'taken'}"]),

@@ -245,6 +245,8 @@ def test_wrong_settings_are_named(corpus: Path) -> None:
         stream(corpus, weights={"four": "1"})
     with pytest.raises(UsageError, match="weight of one: found 'many'"):
         stream(corpus, weights={"one": "many"})
+    with pytest.raises(UsageError, match=r"weights: one=1/2, two=1/3 are shares that sum to 5/6, need 1"):
+        stream(corpus, weights={"one": "1/2", "two": "1/3"})
     with pytest.raises(UsageError, match="at least 2"):
         stream(corpus, length=1)
     with pytest.raises(DataError, match="cannot read the manifest"):
