@@ -22,6 +22,7 @@ python -m data fetch
 
 step 3 "Clean, deduplicate, tokenise"
 python -m data build
+python -m data report
 
 step 4 "Train: pretraining, then two context extensions, on $processes processes"
 # Never more threads than cores in all.
