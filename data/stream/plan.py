@@ -15,19 +15,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.contract import Source
-from data.errors import DataError, WorkerLostError
+from data.errors import DataError, UsageError, WorkerLostError
 from data.hashing import canonical_json
 from data.publish import make_directory, write_file
 from data.store.blocks import BlockStore
 from data.store.manifest import load_manifest
 from data.stream.documents import NO_LIMIT, PlanKey, first_documents
+from data.stream.fim import check_fim
 from data.stream.packing import packed_count
 
 VERSION = 1
@@ -106,6 +107,47 @@ def load_plan(store: BlockStore, source: Source, key: PlanKey) -> np.ndarray:
     if count_B.shape != (blocks,) or count_B.dtype != COUNT_DTYPE:
         raise DataError(f"{where}: holds {count_B.dtype} {count_B.shape}, needs uint32 ({blocks},)")
     return count_B
+
+
+@dataclass
+class PlansConfig:
+    """`python -m data plans`: the packing plans of a built corpus, made before training wants them. lengths, seeds,
+    epochs, fim_rates: every combination of them; seeds and epochs matter only above a FIM rate of 0. shortest, longest:
+    stored tokens of the documents read, for all sources. workers: processes.
+    """
+
+    data: str = "data_cache/demo"
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    epochs: list[int] = field(default_factory=lambda: [0])
+    fim_rates: list[float] = field(default_factory=lambda: [0.0])
+    shortest: int = 0
+    longest: int = NO_LIMIT
+    workers: int = 1
+
+
+def plans(config: PlansConfig) -> dict[str, Any]:
+    """Write what is asked for; returns what `build_plans` does. Errors: UsageError, DataError, CannotWriteError,
+    WorkerLostError."""
+    for rate in config.fim_rates:
+        check_fim(rate, load_manifest(Path(config.data)).fim_ids, config.data)
+    for key, least in (("workers", 1), *((key, 0) for key in ("seeds", "epochs"))):
+        found = getattr(config, key)
+        if min(found if isinstance(found, list) else [found], default=least) < least:
+            raise UsageError(f"{key}: found {found}, allowed {least} or more")
+    limits = None
+    if (config.shortest, config.longest) != (0, NO_LIMIT):
+        names = [source.name for source in load_manifest(Path(config.data)).sources]
+        limits = dict.fromkeys(names, (config.shortest, config.longest))
+    return build_plans(
+        config.data,
+        config.lengths,
+        config.seeds,
+        config.epochs,
+        config.workers,
+        fim_rates=config.fim_rates,
+        document_lengths=limits,
+    )
 
 
 def build_plans(

@@ -107,3 +107,18 @@ def test_groups_of_copies_count_the_one_that_stays() -> None:
 def test_text_is_escaped() -> None:
     shown = html_page("<t>", "", [table_section("<h>", "&", ("<c>",), [("<x>",), (1234,), (0.5,)])])
     assert "<t>" not in shown.replace("<title>", "") and "&lt;x&gt;" in shown and "1,234" in shown and "0.5" in shown
+
+
+def test_plans_are_made_beforehand(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["plans", f"data={corpus}", "lengths=[128,512]", "fim_rates=[0.1]", "seeds=[3]", "epochs=[0,1]"]
+    assert main(said) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["files"] == 8
+    made = {path.name for path in (corpus / "plans").glob("*seed3*.npy")}
+    assert made == {f"zh-{length}-fim0.1-seed3-epoch{epoch}.npy" for length in (128, 512) for epoch in (0, 1)}
+    for wrong, message in (
+        ("workers=0", "workers: found 0"),
+        ("fim_rates=[2]", "FIM rate: found 2"),
+        ("lengths=[1]", "1, need"),
+    ):
+        assert main(["plans", f"data={corpus}", wrong]) == 64
+        assert message in capsys.readouterr().err
