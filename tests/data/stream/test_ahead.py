@@ -34,22 +34,13 @@ def wanted(step: int) -> Wanted[int]:
     return Wanted(first, SEQUENCES, {chunk: [first + 2 * chunk, first + 2 * chunk + 1] for chunk in range(4)})
 
 
-def run(ahead: ReadAhead[int], seconds: float, announce: bool = True) -> tuple[list[Any], float]:
-    found, waited = [], 0.0
-    for step in range(STEPS):
-        begin = time.perf_counter()
-        found.append(ahead.step(wanted(step)))
-        if announce and step + 1 < STEPS:
-            ahead.announce(wanted(step + 1))
-        waited += time.perf_counter() - begin
-        time.sleep(seconds)
-    return found, waited
-
-
 def test_the_same_batches_as_without(corpus: Path) -> None:
     plain = stream(corpus)
     with ReadAhead[int](stream(corpus)) as ahead:
-        found, _ = run(ahead, 0)
+        found = []
+        for step in range(STEPS):
+            found.append(ahead.step(wanted(step)))
+            ahead.announce(wanted(step + 1))
     for step, read in enumerate(found):
         assert read.counts == plain.counts(step * SEQUENCES, SEQUENCES)
         for chunk, samples in wanted(step).order.items():
@@ -68,13 +59,29 @@ def slow(opened: Stream, seconds: float) -> Stream:
 
 
 def test_reading_hides_behind_the_step(corpus: Path) -> None:
-    with ReadAhead[int](slow(stream(corpus), 0.01)) as ahead:
-        _, waited = run(ahead, 0.08)
-    # Only the first step of 4 x 10 ms is waited for.
-    assert 0.04 <= waited < 0.04 * STEPS / 2
-    with ReadAhead[int](slow(stream(corpus), 0.01)) as ahead:
-        _, waited = run(ahead, 0.0, announce=False)
-    assert waited >= 0.04 * STEPS
+    opened = stream(corpus)
+    read, main = opened.read, threading.current_thread()
+    done = {step: threading.Event() for step in range(STEPS)}
+    on_main = []
+
+    def watched(samples: list[int]) -> Any:
+        batch = read(samples)
+        step, place = divmod(samples[-1] + 1, SEQUENCES)
+        if threading.current_thread() is main:
+            on_main.append(samples[0] // SEQUENCES)
+        if not place:
+            done[step - 1].set()
+        return batch
+
+    opened.read = watched  # type: ignore[method-assign, assignment]
+    with ReadAhead[int](opened) as ahead:
+        for step in range(STEPS):
+            ahead.step(wanted(step))
+            if step + 1 < STEPS:
+                ahead.announce(wanted(step + 1))
+                # The step itself, which ends only after the next one has been read.
+                assert done[step + 1].wait(30)
+    assert on_main == [0] * 4
 
 
 def test_a_fault_appears_in_the_step_that_needs_it(corpus: Path) -> None:
