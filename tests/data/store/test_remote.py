@@ -247,6 +247,28 @@ def test_a_failed_fetch_leaves_the_next_to_another(tmp_path: Path) -> None:
     assert cache.open(sha256(content), 100, fetcher(content), "x").read() == content
 
 
+def test_who_waited_for_a_fetch_that_failed_fetches(tmp_path: Path) -> None:
+    content, began, found = b"w" * 100, threading.Event(), []
+
+    def broken(write: Callable[[bytes], object]) -> None:
+        began.set()
+        time.sleep(0.3)
+        raise RuntimeError("gone")
+
+    def waiter() -> None:
+        began.wait()
+        with BlockCache(tmp_path, 1000).open(sha256(content), 100, fetcher(content), "x") as file:
+            found.append(file.read())
+
+    thread = threading.Thread(target=waiter)
+    thread.start()
+    with pytest.raises(RuntimeError, match="gone"):
+        BlockCache(tmp_path, 1000).open(sha256(content), 100, broken, "x")
+    thread.join()
+    assert found == [content]
+    assert [path.name for path in tmp_path.iterdir()] == [sha256(content)]
+
+
 def hammer(directory: str, seed: int) -> int:
     """Open random files through a tight cache; how many had wrong content."""
     rng = np.random.default_rng(seed)
