@@ -35,6 +35,7 @@ TEXT = st.text(st.one_of(HARD, st.characters(exclude_categories=["Cs"])), max_si
 @given(st.lists(TEXT, min_size=1, max_size=6))
 @example(["ΑΣ", "Σ", "ΑΣ Β", "e\u0301", "\u0301", ""])
 @example(["", "", "a"])
+@example(["\u1112\u1161\u11ab \ud558\u11ab", "か\u3099 ｶﾞ", "q\u0323\u0307", "\u0f71\u0f72"])
 def test_token_hashes_are_those_of_the_definition(texts: list[str]) -> None:
     hash_N, count_D, order_D = token_hashes(texts)
     parts = dict(zip(order_D.tolist(), np.split(hash_N, np.cumsum(count_D)[:-1])))
@@ -45,7 +46,7 @@ def test_token_hashes_are_those_of_the_definition(texts: list[str]) -> None:
 
 def test_every_character_alone_and_between_others_folds_as_python_folds_it() -> None:
     characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    for before, after in (("", ""), ("a", "b"), ("か", "\u0301"), ("Σ", " ")):
+    for before, after in (("", ""), ("a", "b"), ("か", "\u0301"), ("\u1112", "\u11ab"), ("Σ", " ")):
         texts = [before + character + after for character in characters]
         code_N, class_N, length_D, order_D = classified(texts)
         edge_D = np.cumsum(length_D)
