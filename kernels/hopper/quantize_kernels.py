@@ -81,10 +81,16 @@ def load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE: tl
     row = row.to(tl.int64)
     column = block * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(X + row * x_stride + column, mask=real & (column < K), other=0.0)
+    if SOURCE == "tiles":
+        # On the way to FP32 in any case; named, it is what Triton 3.6 transposes. Else that transposes the codes, and
+        # converts and scales them twice.
+        x = x.to(tl.float16)
     x = code_values(x, SOURCE)
     if SOURCE != "values":
+        # The gather changes nothing but who loads: a row's scale once, not by every thread that has numbers of the row.
+        row, real = tl.reshape(row, (row.shape[0],)), tl.reshape(real, (row.shape[0],))
         scale = tl.load(S + row * s_row + block.to(tl.int64) * s_column, mask=real, other=1.0)
-        x = x * scale
+        x = x * tl.gather(scale, tl.arange(0, row.shape[0]), 0)[:, None]
     return x
 
 
@@ -133,14 +139,15 @@ def columns_kernel(
     first, rows = tile_rows(TABLE, tile, padded // 128, M)
     inside = tl.arange(0, 128)[:, None]
     row, real = first + inside, inside < rows
+    x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE)
+    write_columns(x, YT, YTS, tile, block, real, K, padded, POWER_OF_TWO)
     if Y is not None:
+        # Found in L1 the second time: kept in registers, it would leave room for one program on a multiprocessor only.
+        # The rows last: first, they make Triton 3.6 spill.
         x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE)
         # Without groups the padding of the scales is written too, in whole vectors.
         scale_mask = real if TABLE is not None else row < ys_stride
         write_rows(x, Y, YS, row, block, K, ys_stride, real, scale_mask, POWER_OF_TWO)
-    # Found in L1 the second time: kept in registers, it would leave room for one program on a multiprocessor only.
-    x = load_values(X, S, row, block, real, K, x_stride, s_row, s_column, SOURCE)
-    write_columns(x, YT, YTS, tile, block, real, K, padded, POWER_OF_TWO)
 
 
 @triton.jit

@@ -59,6 +59,9 @@ def rows_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     column = block * 128 + tl.arange(0, 128)[None, :]
     real = row < M
+    if W is not None:
+        # Later, between the two quantisations, it makes Triton 3.6 spill.
+        weight = load_weight(W, row, real)
     gate = load_part(X, None, row, real, block, 0, F, x_stride, 0, 0, True, None)
     up = load_part(X, None, row, real, block, F, F, x_stride, 0, 0, True, None)
     if KEPT is not None:
@@ -66,7 +69,7 @@ def rows_kernel(
         write_rows(up, KEPT, KEPT_S, row, blocks + block, 2 * F, s_stride, real, row < s_stride, False)
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     if W is not None:
-        hidden = hidden * load_weight(W, row, real)
+        hidden = hidden * weight
     hidden = hidden.to(X.dtype.element_ty)
     if HIDDEN is not None:
         tl.store(HIDDEN + row * F + column, hidden, mask=real & (column < F))
