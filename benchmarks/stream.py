@@ -51,6 +51,7 @@ class Side:
     """A process of `stream_sides.py`."""
 
     def __init__(self, name: str, *arguments: object, path: str = "") -> None:
+        self.name = name
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, str(SIDES), name, *map(str, arguments)]
         self.process = subprocess.Popen(
@@ -65,7 +66,7 @@ class Side:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise DataError(f"{' '.join(map(str, self.process.args[1:3]))}: ended with {self.process.wait()}")
+        raise DataError(f"{SIDES.name} {self.name}: ended with {self.process.wait()}")
 
     def run(self, size: int) -> dict[str, Any]:
         """Read all samples in micro-batches of `size`."""

@@ -50,9 +50,9 @@ def megatron(prefix: str, length: int, pad: int) -> tuple[Callable[[Sequence[int
     """Batches of Megatron-Core's GPTDataset; before that, the files are read and written by its own classes and
     compared.
     """
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-    from megatron.core.datasets.utils import Split
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # type: ignore[import-not-found]
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # type: ignore[import-not-found]
+    from megatron.core.datasets.utils import Split  # type: ignore[import-not-found]
     from torch.utils.data import default_collate
 
     class Tokenizer:
