@@ -141,7 +141,7 @@ class StoreConfig:
     partition_documents: documents whose order is made in memory at once; no output depends on it.
     """
 
-    block_tokens: int = 131_072
+    block_tokens: int = 1 << 24
     plan_lengths: list[int] = field(default_factory=lambda: [128, 1024, 4096])
     partition_documents: int = 4_000_000
 
