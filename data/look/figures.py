@@ -37,21 +37,22 @@ def steps_figure(steps: Steps) -> Figure:
     before = None
     for place, (total, row) in enumerate(zip(left_S.tolist(), steps.values())):
         documents = sum(counts["documents"] for counts in row.values())
-        dropped = "" if not before or total == before else f"  (−{100 * (1 - total / before):.2g} %)"
+        lost = 100 * (1 - total / before) if before else 0.0
+        dropped = f"  (−{lost:.2g} %)" if lost >= 0.01 else ""
         axes.text(total, place, f" {total:.3g} MB, {documents:,} documents{dropped}", va="center", fontsize=8.5)
         before = total
     axes.set_yticks(place_S, list(steps))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * left_S.max() or 1)
     axes.set_xlabel("MB of text left")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=8, frameon=False, fontsize=9)
     _plain(axes)
     return figure
 
 
 def lengths_figure(length_D: Mapping[str, np.ndarray], marks: Sequence[int]) -> Figure:
-    """Documents by length in tokens, and the share of tokens in documents up to that length. marks: sequence lengths of
-    the plans."""
+    """Documents by length in tokens, and the share of tokens in documents up to that length. length_D: of each curve.
+    marks: sequence lengths of the plans."""
     figure = _figure(3.6)
     left, right = figure.subplots(1, 2)
     top = max(int(lengths.max()) for lengths in length_D.values())
@@ -80,7 +81,6 @@ def copies_figure(clusters: Mapping[int, int], jaccard: Sequence[float]) -> Figu
     left, right = figure.subplots(1, 2)
     sizes = sorted(size for size in clusters if size > 1)
     left.bar([str(size) for size in sizes[:24]], [clusters[size] for size in sizes[:24]], color=INK)
-    left.set_yscale("log")
     left.set_xlabel("documents in a group of copies")
     left.set_ylabel("groups")
     right.hist(list(jaccard), bins=np.linspace(0, 1, 41).tolist(), color=INK)

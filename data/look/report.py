@@ -30,6 +30,7 @@ EXAMPLES_FILE, REMOVED_FILE = "dedup/examples.json", "dedup/removed.parquet"
 # The corpus's own tokenizer in the comparison.
 OURS = "this corpus"
 EXAMPLES = 8
+MOST_CURVES = 6
 STYLE = """
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; margin: 8px 0 18px; font-size: 13px; }
 .pair div { border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; white-space: pre-wrap;
@@ -128,7 +129,7 @@ def draw(corpus: Corpus) -> list[Picture]:
             "Lengths of documents",
             "Dotted: the sequence lengths that were planned for; documents to the right of one are cut at it.",
             "lengths",
-            _png(lengths_figure(corpus.length_D, plans)),
+            _png(lengths_figure(curves(corpus), plans)),
         ),
         Picture(
             "Fertility",
@@ -143,6 +144,18 @@ def draw(corpus: Corpus) -> list[Picture]:
         picture = copies_figure(groups_of_copies(corpus.removed), alike)
         found.insert(2, Picture("Copies", text, "copies", _png(picture)))
     return found
+
+
+def curves(corpus: Corpus) -> dict[str, np.ndarray]:
+    """Lengths by source, or by language where there are more sources than a picture can tell apart."""
+    sources = corpus.manifest.sources
+    if len(sources) <= MOST_CURVES:
+        return corpus.length_D
+    languages = sorted({source.language for source in sources})
+    return {
+        language: np.concatenate([corpus.length_D[s.name] for s in sources if s.language == language])
+        for language in languages
+    }
 
 
 def page(name: str, corpus: Corpus, pictures: Sequence[Picture]) -> str:

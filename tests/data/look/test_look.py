@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
 from data.contract import IGNORE
 from data.look.html import html_page, table_section
 from data.look.inspect import document_runs, read_sample
-from data.look.report import groups_of_copies
+from data.look.report import curves, groups_of_copies, read_corpus
 from data.stream.fim import apply_fim
 from data.stream.stream import open_stream
 from tests.data.synthetic import planted, write_jsonl
@@ -90,6 +91,20 @@ def test_the_page_holds_its_pictures(corpus: Path, tmp_path: Path, capsys: pytes
     assert text.count("data:image/png;base64,") == 4
     assert "Removed beside kept" in text and "<mark>" in text
     assert all((tmp_path / "page" / f"{name}.png").stat().st_size > 5000 for name in last["pictures"])
+
+
+def test_many_sources_are_drawn_by_language(corpus: Path) -> None:
+    one = read_corpus(corpus, {})
+    source = one.manifest.sources[0]
+    names = [f"s{number}" for number in range(7)]
+    sources = tuple(replace(source, name=name, language="ab"[i % 2]) for i, name in enumerate(names))
+    many = replace(
+        one,
+        manifest=replace(one.manifest, sources=sources),
+        length_D={name: np.array([i]) for i, name in enumerate(names)},
+    )
+    assert {name: lengths.tolist() for name, lengths in curves(many).items()} == {"a": [0, 2, 4, 6], "b": [1, 3, 5]}
+    assert curves(one) is one.length_D
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
