@@ -124,6 +124,8 @@ def run_tokenise(corpus: Corpus) -> None:
     config = corpus.config
     settings = TokeniseSettings(config.seed, config.tokenizer.encoder, config.tokenizer.boundary_split)
     corpus.shards = tokenise_shards(corpus.runner, corpus.shards, corpus.tokenizer, settings)
+    for chosen in sorted({part.counts["encoder"] for parts in corpus.shards.values() for part in parts}):
+        corpus.runner.progress.console.print(f"encoder: {chosen}", highlight=False)
 
 
 def run_shuffle(corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -35,7 +36,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=TokenizerConfig(vocab_size=700),
         store=StoreConfig(block_tokens=4096, plan_lengths=[256]),
     )
-    build(config, Console(quiet=True))
+    said = io.StringIO()
+    build(config, Console(file=said, width=200))
+    assert "encoder: gigatoken, equal to huggingface on" in said.getvalue()
     return folder / "corpus"
 
 
