@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from parallel.pipeline.store import WeightGradStore
 
 DENSE, MOE = "dense", "moe"
 PRECISIONS = ("bf16", "fp8")
+SETTLE_SECONDS = 0.1
 MOVEMENTS = ("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")
 T = TypeVar("T")
 
@@ -59,9 +61,14 @@ class Alive(TorchDispatchMode):
         return out
 
     def sizes(self) -> dict[int, int]:
-        """Bytes of each, by a number that is its own while it lives."""
+        """Bytes of each, by a number that is its own while it lives. A thread of gloo may hold what it sent for a moment
+        after the transfer was waited for, so the count is taken once it has stopped falling."""
         gc.collect()
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        before = -1
+        while before != len(self._made):
+            before = len(self._made)
+            time.sleep(SETTLE_SECONDS)
+            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
         return {key: size for key, (_, size) in self._made.items()}
 
 

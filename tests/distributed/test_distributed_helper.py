@@ -20,6 +20,7 @@ def total(rank: int, world_size: int, scale: float) -> tuple[int, torch.Tensor, 
 
 def one_raises(rank: int, world_size: int) -> None:
     print(f"hello from {rank}")
+    dist.barrier()  # else rank 1 may be gone while rank 0 is still joining the group
     if rank == 1:
         raise ValueError("wrong on purpose")
     dist.barrier()
