@@ -61,8 +61,8 @@ class Alive(TorchDispatchMode):
         return out
 
     def sizes(self) -> dict[int, int]:
-        """Bytes of each, by a number that is its own while it lives. A thread of gloo may hold what it sent for a moment
-        after the transfer was waited for, so the count is taken once it has stopped falling."""
+        """Bytes of each, by a number that is its own while it lives; counted once they have stopped falling, since a
+        thread of gloo may hold what it sent for a moment after the transfer was waited for."""
         gc.collect()
         before = -1
         while before != len(self._made):
