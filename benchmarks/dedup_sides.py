@@ -9,7 +9,6 @@ short documents below WORK and takes the whole path). The last line is one JSON 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.plain_stages import PlainRun
+from benchmarks.plain_stages import PlainRun, peak_bytes
 from data.dedup.minhash import MinHash, signatures
 from data.dedup.settings import DedupSettings, read_documents
 from data.dedup.stages import deduplicate
@@ -39,9 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     started = time.process_time()
     counts = _signatures(shards) if side == "signatures" else _path(side, Path(work), shards)
     seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     documents = sum(pq.read_metadata(shard).num_rows for shard in shards)
-    print(json.dumps({"side": side, "documents": documents, "cpu_s": seconds, "peak_bytes": peak, **counts}))
+    print(json.dumps({"side": side, "documents": documents, "cpu_s": seconds, "peak_bytes": peak_bytes(), **counts}))
     return 0
 
 

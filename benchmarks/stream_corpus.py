@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.plain_stages import peak_bytes
 from data.contract import Block, Manifest, Source
 from data.hashing import key64
 from data.publish import make_directory
@@ -179,7 +180,7 @@ def _opened(directory: Path, length: int, sample: int) -> None:
     opened = time.perf_counter()
     block = int(stream._locate(np.array([sample]))[2][0])
     sought = time.perf_counter()
-    spent, sought_bytes = time.process_time() - processor, _peak_bytes()
+    spent, sought_bytes = time.process_time() - processor, peak_bytes()
     batch = stream.read([sample])
     read = time.perf_counter()
     figures = {
@@ -188,17 +189,11 @@ def _opened(directory: Path, length: int, sample: int) -> None:
         "open_and_seek_processor_seconds": spent,
         "first_read_seconds": read - sought,
         "open_and_seek_bytes": sought_bytes,
-        "first_read_bytes": _peak_bytes(),
+        "first_read_bytes": peak_bytes(),
         "block": block,
         "real_tokens": int(batch.real.sum()),
     }
     print(json.dumps(figures))
-
-
-def _peak_bytes() -> int:
-    """Most memory this program held. Unlike `ru_maxrss`, which keeps what the parent held before exec."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import xxhash
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
 TOKEN = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")
@@ -57,11 +56,6 @@ def classified(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray
         entry_N, length_D = _looked_up([folded(texts[i]) for i in np.flatnonzero(rough_D).tolist()], classes)
         entry_N, length_D = np.concatenate([plain_N, entry_N]), np.concatenate([plain_D, length_D])
     return entry_N & _CODE, (entry_N >> np.uint32(_SHIFT)).astype(np.uint8), length_D, order_D
-
-
-def character_hashes() -> np.ndarray:
-    """xxh3_64 of the UTF-8 bytes of every code point of class CHARACTER, uint64 [code points]; 0 for the others."""
-    return _character_hashes()
 
 
 def _looked_up(texts: Sequence[str], table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,12 +106,3 @@ def _attaching() -> set[int]:
         if len(parts) == 2 and not parts[0].startswith("<"):
             found.add(int(parts[1], 16))
     return found
-
-
-@lru_cache(maxsize=1)
-def _character_hashes() -> np.ndarray:
-    _, classes = _tables()
-    codes = np.flatnonzero(classes >> np.uint32(_SHIFT) == CHARACTER)
-    hash_C = np.zeros(_TABLED, dtype=np.uint64)
-    hash_C[codes] = [xxhash.xxh3_64_intdigest(chr(code).encode("utf-8", "surrogatepass")) for code in codes]
-    return hash_C

@@ -31,7 +31,7 @@ from data.stages.contract import Counts, Task
 INDEX_FILE = "index.json"
 TEXT_FILE, SKETCH_FILE, IDENTITY_FILE = "text.npy", "sketch.npy", "identity.parquet"
 SHARD_FILES, SIGNED_FILES = 5, 4  # of one shard among the inputs: with the shard itself, and without
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ENTRY = np.dtype([("key", np.uint64), ("low", np.uint64), ("identity", np.uint64), ("document", np.int64)])
 # Documents of one earlier bucket that a new one is compared with, in the order of their identities' hashes.
 COMPARED = 8

@@ -6,25 +6,27 @@ tokens are a shingle. With words alone a Chinese clause is one token, and a copy
 found in 44-75 % of cases; with characters, always.
 
 `signature_reference` is the definition. `signatures` computes the same from arrays that run over many documents at
-once: each distinct word is hashed once, shingles are rolled from token hashes, and every permutation is one pass.
+once: a word's hash is the difference of two prefix sums, shingles are rolled from token hashes, and every permutation
+is one pass.
 
 Shapes: D documents, N tokens, S shingles, P permutations (112 = 14 bands of 8 rows), B bands.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-import xxhash
 
-from data.dedup.fold import CHARACTER, WORD, character_hashes, classified, tokens
+from data.dedup.fold import CHARACTER, WORD, classified, tokens
 from data.hashing import UINT64, key64, mix
 
 EMPTY = np.iinfo(UINT64).max  # in all places of the signature of a text without tokens
 _ROLL = 0x9E3779B97F4A7C15
+_POWER = 0xD6E8FEB86659FD93
 _BATCH_CHARACTERS = 1 << 19
 _PASS_SHINGLES = 1 << 15  # 256 KiB: what a permutation reads and writes stays in the second-level cache
 
@@ -52,36 +54,54 @@ class MinHash:
 
 
 def token_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """xxh3_64 of the UTF-8 bytes of every token: hash uint64 [N], count int64 [D] of tokens of each text, and the
-    order int64 [D] in which the texts stand in them.
+    """`token_hash` of every token: uint64 [N], count int64 [D] of tokens of each text, and the order int64 [D] in which
+    the texts stand in them.
     """
     code_N, class_N, length_D, order_D = classified(texts)
-    word_N = class_N == WORD
-    first_N = word_N.copy()
-    first_N[1:] &= ~word_N[:-1]
-    start_W = np.flatnonzero(first_N)
-    end_W = np.flatnonzero(word_N[:-1] & ~word_N[1:]) + 1  # the last code point is a separator
-    start_T = np.flatnonzero(first_N | (class_N == CHARACTER))
-    single_T = class_N[start_T] == CHARACTER
-    hash_T = np.empty(len(start_T), dtype=UINT64)
-    hash_T[single_T] = character_hashes()[code_N[start_T[single_T]]]
-    hash_T[~single_T] = _word_hashes(code_N[word_N], end_W - start_W)
+    single_N, word_N = class_N == CHARACTER, class_N == WORD
+    first_N, last_N = single_N | word_N, single_N | word_N
+    first_N[1:] &= single_N[1:] | ~word_N[:-1]
+    last_N[:-1] &= single_N[:-1] | ~word_N[1:]
+    start_T, last_T = np.flatnonzero(first_N), np.flatnonzero(last_N)
+    power_N, inverse_N = _powers(1 << max(_BATCH_CHARACTERS, len(code_N)).bit_length())
+    with np.errstate(over="ignore"):
+        sum_N = _letters()[code_N]
+        sum_N *= power_N[: len(code_N)]
+        before_T = sum_N[start_T]
+        np.cumsum(sum_N, out=sum_N)
+        before_T -= sum_N[start_T]
+        before_T += sum_N[last_T]
+        hash_T = mix(before_T * inverse_N[start_T])
     edge_D = np.searchsorted(start_T, np.concatenate([[0], np.cumsum(length_D)]))
     return hash_T, np.diff(edge_D), order_D
 
 
-def _word_hashes(code_N: np.ndarray, length_W: np.ndarray) -> np.ndarray:
-    """code: the words' code points, one after the other. Each distinct word is hashed once."""
-    edge_W = np.concatenate([[0], np.cumsum(length_W)])
-    content = code_N.tobytes().decode("utf-32-le").encode()
-    if len(content) > len(code_N):
-        size_N = 1 + (code_N >= 0x80) + (code_N >= 0x800) + (code_N >= 0x10000)
-        edge_W = np.concatenate([[0], np.cumsum(size_N)])[edge_W]
-    words = pa.Array.from_buffers(
-        pa.large_binary(), len(length_W), [None, pa.py_buffer(edge_W.astype(np.int64)), pa.py_buffer(content)]
-    ).dictionary_encode()
-    hash_U = [xxhash.xxh3_64_intdigest(word) for word in words.dictionary.to_pylist()]
-    return np.array(hash_U, dtype=UINT64)[words.indices.to_numpy()] if hash_U else np.empty(0, dtype=UINT64)
+def token_hash(token: str) -> int:
+    """The definition of a token's hash: its letters as a polynomial modulo 2^64, mixed. The letter of a code point is
+    `mix` of it.
+    """
+    letter_N = mix(np.array([ord(character) for character in token], dtype=UINT64)).tolist()
+    value = 0
+    for letter in reversed(letter_N):
+        value = (value * _POWER + letter) % 2**64
+    return int(mix(np.array([value], dtype=UINT64))[0])
+
+
+@lru_cache(maxsize=1)
+def _letters() -> np.ndarray:
+    return mix(np.arange(sys.maxunicode + 1, dtype=UINT64))
+
+
+@lru_cache(maxsize=1)
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Powers 0 .. count - 1 (itself a power of two) of _POWER and of its inverse modulo 2^64, uint64 each."""
+    power, inverse = np.ones(count, dtype=UINT64), np.ones(count, dtype=UINT64)
+    for filled, base in ((power, _POWER), (inverse, pow(_POWER, -1, 2**64))):
+        done = 1
+        while done < count:
+            np.multiply(filled[:done], UINT64(pow(base, done, 2**64)), out=filled[done : 2 * done])
+            done *= 2
+    return power, inverse
 
 
 def rolled_shingles(hash_N: np.ndarray, count_D: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +204,7 @@ def signature_reference(text: str, parameters: MinHash) -> list[int]:
     """The definition of one signature in plain integers."""
     words = tokens(text)
     size = min(parameters.shingle, len(words))
-    hashed = [xxhash.xxh3_64_intdigest(word.encode()) for word in words]
+    hashed = [token_hash(word) for word in words]
     found = set()
     for first in range(len(words) - size + 1 if words else 0):
         rolled = 0

@@ -23,7 +23,7 @@ from data.stages.contract import Counts, Task
 EXAMPLES_FILE = "examples.json"
 _CONTEXT = 40
 _DIFFERENCE = 160
-_COMPARED_CHARACTERS = 400
+_COMPARED_CHARACTERS = 240
 
 
 @dataclass(frozen=True)

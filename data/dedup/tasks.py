@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.dedup.bands import buckets, each_bucket, packed, scope_keys, scoped, star_edges, unpacked
@@ -207,13 +208,18 @@ def remove(task: Task, out: Path) -> Counts:
     ) as file:
         for documents in read_documents(task.inputs[0], schema.names):
             last = first + len(documents)
-            kinds = kind_D[first:last].tolist()
             copies = pa.array(copies_D[first:last], pa.int32())
-            texts = zip(documents["language"].to_pylist(), documents["text"].to_pylist(), kinds, strict=True)
-            for language, text, kind in texts:
-                row = counts[KINDS[kind]].setdefault(language, [0, 0])
-                row[0] += 1
-                row[1] += len(text.encode())
+            sizes = pa.table(
+                [pa.array(kind_D[first:last]), documents["language"], pc.binary_length(documents["text"])],
+                ["kind", "language", "bytes"],
+            )
+            grouped = sizes.group_by(["kind", "language"], use_threads=False).aggregate(
+                [("bytes", "count"), ("bytes", "sum")]
+            )
+            for each in grouped.to_pylist():
+                row = counts[KINDS[each["kind"]]].setdefault(each["language"], [0, 0])
+                row[0] += each["bytes_count"]
+                row[1] += each["bytes_sum"]
             file.write_table(documents.append_column("copies", copies).filter(pa.array(kind_D[first:last] == 0)))
             first = last
     return {"documents": counts.pop(KINDS[0]), "removed": counts}
