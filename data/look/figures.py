@@ -1,4 +1,4 @@
-"""The pictures of a corpus: what each step kept, how long documents are, groups of copies, fertility."""
+"""The pictures of a corpus: languages, what each step kept, how long documents are, groups of copies, fertility."""
 
 from __future__ import annotations
 
@@ -21,6 +21,31 @@ Steps = Mapping[str, Mapping[str, Mapping[str, int]]]
 def color(name: str, place: int) -> str:
     """A language's own colour, or the next one."""
     return LANGUAGE_COLORS.get(name, MORE_COLORS[place % len(MORE_COLORS)])
+
+
+def shares_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Share of each language, a bar of 100 % for every measure. shares: measure -> language -> amount."""
+    languages = sorted({language for row in shares.values() for language in row})
+    figure = _figure(1.0 + 0.42 * len(shares))
+    axes = figure.add_subplot()
+    place_M = np.arange(len(shares))
+    total_M = np.array([sum(row.values()) or 1 for row in shares.values()])
+    left_M = np.zeros(len(shares))
+    for i, language in enumerate(languages):
+        width_M = 100 * np.array([row.get(language, 0.0) for row in shares.values()]) / total_M
+        axes.barh(place_M, width_M, left=left_M, color=color(language, i), label=language, height=0.72)
+        for place, left, width in zip(place_M, left_M, width_M):
+            if width >= 4:
+                text = f"{width:.1f} %"
+                axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=8.5, color="white")
+        left_M += width_M
+    axes.set_yticks(place_M, list(shares))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share in %")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=8, frameon=False, fontsize=9)
+    _plain(axes)
+    return figure
 
 
 def steps_figure(steps: Steps) -> Figure:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from data.baselines import heldout_documents, heldout_languages
 from data.contract import Manifest
 from data.errors import DataError
 from data.fertility import compare
-from data.look.figures import copies_figure, fertility_figure, lengths_figure, steps_figure
+from data.look.figures import copies_figure, fertility_figure, lengths_figure, shares_figure, steps_figure
 from data.look.html import Picture, html_page, picture_section, table_section
 from data.publish import make_directory, write_file
 from data.store.blocks import BlockStore
@@ -120,6 +121,13 @@ def draw(corpus: Corpus) -> list[Picture]:
     told, plans = corpus.report, corpus.report["plan_lengths"]
     found = [
         Picture(
+            "Languages",
+            "Of the text that was read, of what is left of it, of its tokens, and of the samples that training draws "
+            "where a stage names no weights.",
+            "languages",
+            _png(shares_figure(language_shares(corpus))),
+        ),
+        Picture(
             "What each step kept",
             "Text left after each step of the build, by language; the documents dropped are listed below.",
             "steps",
@@ -142,8 +150,23 @@ def draw(corpus: Corpus) -> list[Picture]:
         alike = corpus.removed["jaccard"].drop_null().to_pylist()
         text = "Groups of copies of which one was kept, and how alike pairs are; far below the threshold is a fault."
         picture = copies_figure(groups_of_copies(corpus.removed), alike)
-        found.insert(2, Picture("Copies", text, "copies", _png(picture)))
+        found.insert(3, Picture("Copies", text, "copies", _png(picture)))
     return found
+
+
+def language_shares(corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Bytes, tokens and weights by language. A source counts for the language it was declared to have."""
+    told = corpus.report
+    read = next(iter(told["steps"].values()))
+    weights: dict[str, float] = {}
+    for source in corpus.manifest.sources:
+        weights[source.language] = weights.get(source.language, 0.0) + float(Fraction(source.weight))
+    return {
+        "text read": {language: row["bytes"] for language, row in read.items()},
+        "text kept": {language: row["bytes"] for language, row in told["languages"].items()},
+        "tokens": {language: row["tokens"] for language, row in told["languages"].items()},
+        "samples": weights,
+    }
 
 
 def curves(corpus: Corpus) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
 from data.contract import IGNORE
 from data.look.html import html_page, table_section
 from data.look.inspect import document_runs, read_sample
-from data.look.report import curves, groups_of_copies, read_corpus
+from data.look.report import curves, groups_of_copies, language_shares, read_corpus
 from data.stream.fim import apply_fim
 from data.stream.stream import open_stream
 from tests.data.synthetic import planted, write_jsonl
@@ -89,9 +89,9 @@ def test_inspect_prints_documents_and_one_object(corpus: Path, capsys: pytest.Ca
 def test_the_page_holds_its_pictures(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", f"data={corpus}", f"out={tmp_path / 'page'}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["pictures"] == ["steps", "lengths", "copies", "fertility"]
+    assert last["pictures"] == ["languages", "steps", "lengths", "copies", "fertility"]
     text = (tmp_path / "page" / "index.html").read_text()
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count("data:image/png;base64,") == 5
     assert "Removed beside kept" in text and "<mark>" in text
     assert all((tmp_path / "page" / f"{name}.png").stat().st_size > 5000 for name in last["pictures"])
 
@@ -108,6 +108,18 @@ def test_many_sources_are_drawn_by_language(corpus: Path) -> None:
     )
     assert {name: lengths.tolist() for name, lengths in curves(many).items()} == {"a": [0, 2, 4, 6], "b": [1, 3, 5]}
     assert curves(one) is one.length_D
+
+
+def test_shares_of_languages(corpus: Path) -> None:
+    one = read_corpus(corpus, {})
+    source = one.manifest.sources[0]
+    sources = (replace(source, weight="1/3"), replace(source, name="b", language="en", weight="2/3"))
+    shares = language_shares(replace(one, manifest=replace(one.manifest, sources=sources)))
+    assert shares["samples"] == {"zh": 1 / 3, "en": 2 / 3}
+    lines = (corpus.parent / "zh.jsonl").read_text().splitlines()
+    assert shares["text read"] == {"zh": sum(len(json.loads(line)["text"].encode()) for line in lines)}
+    assert shares["tokens"] == {"zh": source.tokens}
+    assert shares["text kept"] == {"zh": source.text_bytes} and source.text_bytes < shares["text read"]["zh"]
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
