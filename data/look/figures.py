@@ -34,7 +34,7 @@ def shares_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     for i, language in enumerate(languages):
         width_M = 100 * np.array([row.get(language, 0.0) for row in shares.values()]) / total_M
         axes.barh(place_M, width_M, left=left_M, color=color(language, i), label=language, height=0.72)
-        for place, left, width in zip(place_M, left_M, width_M):
+        for place, left, width in zip(place_M.tolist(), left_M.tolist(), width_M.tolist()):
             if width >= 4:
                 text = f"{width:.1f} %"
                 axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=8.5, color="white")
