@@ -10,7 +10,13 @@ CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 LINE_ENDS = (".", "?", "!", '"', "'", "。", "？", "！", "”", "’", "」", "』")
 ELLIPSES = ("...", "…")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+["'”’」』）]*""")
+# A full stop after these, or after a single letter (initials, "e.g.", "U.S."), ends no sentence.
+_TITLES = "Mr Mrs Ms Messrs Dr Prof Rev Gen Gov Sen Rep St Jr Inc Ltd Corp".split()
+_WITHOUT_END = "".join(rf"(?<!\b{word}\.)" for word in (r"[^\W\d_]", *_TITLES, "vs"))
+_END = re.compile(
+    rf"""(?<![.!?])(?:\.(?!\.){_WITHOUT_END}|[!?]|\.(?=\.))[.!?]*(?:\s+[.!?]+(?=[\s.!?]|$))*["'”’)\]]*(?=\s|$)"""
+    """|[。！？]+["'”’」』）]*"""
+)
 
 
 def c4(text: str, t: C4Rules) -> tuple[str, str | None]:
@@ -45,7 +51,7 @@ def c4(text: str, t: C4Rules) -> tuple[str, str | None]:
 
 
 def sentences(line: str) -> int:
-    """Sentences of a line: ends of sentences, and what follows the last one."""
+    """Sentences of a line: ends of sentences, and what follows the last one. Spaced dots are one end."""
     ends = [match.end() for match in _END.finditer(line)]
     rest = line[ends[-1] :] if ends else line
     return len(ends) + bool(rest.strip())

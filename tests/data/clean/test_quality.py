@@ -140,6 +140,27 @@ def test_c4() -> None:
     assert found == ("One is here. { ", "c4.curly_bracket")
 
 
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("Mr. A. B. Smith of the U.S. navy, e.g. me, vs. him.", 1),
+        ("Went to St. Ives with Dr. Who. Sent the rent.", 2),
+        ("Yes . . . it is. No", 3),
+        ("Wait... What? 'Here.' There.", 4),
+        ("In What is to be done?, he said no.", 1),
+        ("Done!!! . . . .", 1),
+    ],
+)
+def test_what_ends_a_sentence(line: str, count: int) -> None:
+    assert sentences(line) == count
+
+
+def test_many_dots_take_no_time_of_their_square() -> None:
+    """A square would be half an hour."""
+    for sign in (".", ". ", "!", "a."):
+        assert sentences(sign * 200_000 + "x") <= 2
+
+
 def chinese_prose(characters: int) -> str:
     """Random characters among frequent ones, sentences of 5 to 20, lines of several."""
     rng = random.Random(3)
