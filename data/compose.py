@@ -1,7 +1,8 @@
 """Hydra's Compose API into a dataclass, with every fault as one line.
 
 Defaults come from the dataclass, then conf/data/NAME.yaml, then `key=value` arguments. Hydra accepts a stray `+key=1`
-even on a structured node, so the result is merged once more into the bare schema, which refuses it.
+even on a structured node, so the result is merged once more into the bare schema, which refuses it. An entry of a dict
+of dataclasses it makes only as a whole (`+sources={new: {...}}`); here `+sources.new.path=...` makes one too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def compose_dataclass(schema: type[T], config_name: str | None, overrides: Seque
     store.store(name="bireme_root", node={"defaults": defaults})
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
-            composed = compose("bireme_root", overrides=list(overrides))
+            composed = compose("bireme_root", overrides=_with_entries(overrides, schema))
         bare = OmegaConf.to_container(composed, resolve=False)
         merged = OmegaConf.merge(OmegaConf.structured(schema), bare)
         OmegaConf.resolve(merged)
@@ -54,6 +55,33 @@ def compose_dataclass(schema: type[T], config_name: str | None, overrides: Seque
         raise (DataError if "duplicate key" in fault else UsageError)(fault) from None
     assert isinstance(filled, schema)
     return filled
+
+
+def _with_entries(overrides: Sequence[str], schema: type) -> list[str]:
+    """Each `+` of a key inside an entry of a dict of dataclasses as what Hydra takes: the entry, then the key without
+    its plus. The entry is an empty one, which changes nothing where it is there already.
+    """
+    expanded = []
+    for override in overrides:
+        match = re.match(r"\+{1,2}([^=@]+)=", override)
+        places = _dict_places(match[1].split("."), schema) if match else []
+        entries = [(at, name) for at, name, entry in places if is_dataclass(entry)]
+        expanded += [f"+{at}={{{name}: {{}}}}" for at, name in entries]
+        expanded.append(override.lstrip("+") if entries else override)
+    return expanded
+
+
+def _dict_places(parts: Sequence[str], schema: Any) -> list[tuple[str, str, Any]]:
+    """(dict's key, name in it, type of the entry) of every dict that a dotted key leads through."""
+    places: list[tuple[str, str, Any]] = []
+    kind = schema
+    for number, part in enumerate(parts):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            places.append((".".join(parts[:number]), part, kind))
+        else:
+            kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return places
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -90,12 +118,16 @@ def _explain(error: Exception, schema: type, groups: Sequence[str]) -> str:
     if key is None:
         return f"configuration: {_line(_root(error))}"
     known = [*schema_keys(schema), *groups]
+    if key in known:
+        return f"key '{key}' is a map: add to it with a + in front, '+{key}={{KEY: VALUE}}'"
     parent, _, last = key.rpartition(".")
     # An element of a list is merged on its own, so that its key comes without the list's name.
     if not parent and (owner := re.search(r"not in '(\w+)'", str(_root(error)))) and owner[1] != schema.__name__:
         parent = next((at for at, name in _places(schema) if name == owner[1]), "")
         key = f"{parent}.{last}"
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    if (absent := _absent_entry(key, schema, known)) is not None:
+        return absent
     close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
     if close:
         hint = f"; did you mean '{key.removesuffix(last)}{close[0]}'?"
@@ -105,6 +137,16 @@ def _explain(error: Exception, schema: type, groups: Sequence[str]) -> str:
         hint = nearest(key, known) or nearest(last, {name.rpartition(".")[2] for name in known})
     allowed = f"; allowed here: {', '.join(siblings)}" if siblings and not hint else ""
     return f"unknown key '{key}'{hint}{allowed}"
+
+
+def _absent_entry(key: str, schema: type, known: Sequence[str]) -> str | None:
+    """What to write where all that is wrong with a key is that the dict it leads through has no such entry yet."""
+    parts = key.split(".")
+    for at, name, _ in _dict_places(parts, schema)[:1]:
+        rest = parts[len(at.split(".")) + 1 :]
+        if not rest or ".".join([at, "*", *rest]) in known:
+            return f"'{key}': {at} holds no '{name}'; to add it, put a plus before the key: +{key}=..."
+    return None
 
 
 def _places(schema: type, prefix: str = "") -> list[tuple[str, str]]:
