@@ -80,10 +80,20 @@ def content_tokenizer(content: bytes) -> bytes:
     try:
         settings = json.loads(content)
         added = settings.get("added_tokens") or []
-        kept = [token for token in added if not token["special"] and token["content"] not in _NEVER_TEXT]
+        kept = [not token["special"] and token["content"] not in _NEVER_TEXT for token in added]
+        vocabulary = (settings.get("model") or {}).get("vocab") or {}
+        names = set(vocabulary if isinstance(vocabulary, dict) else (name for name, _ in vocabulary))
+        # An added token that is not in the vocabulary has its id by its place among those: another, which no text can
+        # spell for documents hold no NUL, takes the place of one that goes before one that stays.
+        found = []
+        for number, (token, stays) in enumerate(zip(added, kept, strict=True)):
+            if stays:
+                found.append(token)
+            elif any(kept[number:]) and token["content"] not in names:
+                found.append({**token, "content": f"\0{number}\0", "normalized": False})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not a tokenizer.json: {error!r}") from None
-    settings |= {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+    settings |= {"added_tokens": found, "post_processor": None, "truncation": None, "padding": None}
     return json.dumps(settings, ensure_ascii=False).encode()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from data import encoder as encoders
 from data.config import TokenizerConfig
@@ -114,3 +114,21 @@ def test_added_tokens_that_are_content_stay() -> None:
     added = [{"content": "  ", "special": False}, {"content": "<fim_prefix>", "special": False}]
     kept = json.loads(content_tokenizer(json.dumps({"added_tokens": added}).encode()))["added_tokens"]
     assert kept == added[:1]
+
+
+def test_ids_of_added_tokens_stay_when_a_special_one_goes_before_them() -> None:
+    """As in Qwen's: special tokens outside the vocabulary, then added tokens that are content."""
+    tokenizer = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=300))
+    first = tokenizer.get_vocab_size()
+    added = [("<|end|>", True), ("<tool>", False), ("<fim_prefix>", False), ("</tool>", False), ("<|pad|>", True)]
+    tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name, special in added])
+    assert [tokenizer.token_to_id(name) for name, _ in added] == list(range(first, first + 5))
+    encoder = huggingface_encoder(tokenizer_json(tokenizer))
+    assert [tokens.tolist() for tokens in encoder.encode(["<tool>", "</tool>"])] == [[first + 1], [first + 3]]
+    spelled = ["<|end|>", "<fim_prefix>", "<|pad|>", *SPECIALS]
+    for text, tokens in zip(spelled, encoder.encode(spelled), strict=True):
+        assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
+        assert ((tokens >= len(SPECIALS)) & (tokens < first)).all()
+    assert (
+        first_difference(encoder, gigatoken_encoder(tokenizer_json(tokenizer)), [*spelled, "a<tool>b", *TEXTS]) is None
+    )
