@@ -16,10 +16,14 @@ from typing import Any
 from rich.console import Console
 
 from data.config import DataConfig, parse_weights, validate
+from data.dedup.index import check_index, index_files
+from data.dedup.minhash import MinHash
+from data.dedup.settings import DedupSettings
 from data.errors import DataError, UsageError
 from data.hashing import file_sha256, json_sha256
 from data.publish import locked, make_directory, published, refuse_foreign, write_file
 from data.sources.files import list_files
+from data.special_tokens import special_tokens
 from data.stages.importing import take_inventory
 from data.stages.local import LocalEngine
 from data.stages.marker import sync
@@ -29,6 +33,7 @@ from data.stages.sequence import STAGES, Corpus, report, report_json
 from data.stages.storing import link
 from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, verify_files
 from data.stream.mixture import Mixture
+from data.tokenizer import load_tokenizer
 
 REPORT_FILE = "report.json"
 MARK_FILE = "WORK"
@@ -58,6 +63,7 @@ def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[
     # Refuses weights whose mixture repeats too late before any work is done.
     Mixture(parse_weights({name: source.weight for name, source in config.sources.items()}, "source weights"))
     out = Path(config.out)
+    _check_given(config)
     work = Path(config.work or f"{config.out}.work")
     if work.resolve() == out.resolve():
         raise UsageError(f"work: found {work}, the same as out")
@@ -86,6 +92,16 @@ def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[
     return {**content, "reused": False}
 
 
+def _check_given(config: DataConfig) -> None:
+    """What is only used hours later is looked at first: a tokenizer's folder, an earlier corpus's index."""
+    if config.tokenizer.path:
+        special_tokens(load_tokenizer(Path(config.tokenizer.path)), Path(config.tokenizer.path))
+    if config.dedup.earlier:
+        dedup = config.dedup
+        minhash = MinHash(dedup.shingle, dedup.bands, dedup.rows, dedup.seed)
+        check_index(Path(dedup.earlier), DedupSettings(minhash, dedup.threshold, dedup.scope))
+
+
 def _build_digest(config: DataConfig, runner: Runner, inputs: dict[str, list[str]]) -> str:
     settings = asdict(config)
     for key in ("out", "raw", "work", "keep_work", "engine"):
@@ -95,6 +111,9 @@ def _build_digest(config: DataConfig, runner: Runner, inputs: dict[str, list[str
         del source["path"], source["paths"]
     benchmarks = [file for path in settings["decontaminate"].pop("paths") for file in list_files(path)]
     inputs = {**inputs, "decontaminate.paths": [runner.digest(file.path) for file in benchmarks]}
+    if earlier := settings["dedup"].pop("earlier"):
+        files = [Path(earlier) / name for name in index_files(config.dedup.bands)]
+        inputs["dedup.earlier"] = [runner.digest(str(file)) for file in files]
     folder = Path(config.tokenizer.path) if config.tokenizer.path else None
     settings["tokenizer"]["path"] = (
         [file_sha256(file) for file in sorted(folder.glob("tokenizer*.json"))] if folder else []
