@@ -139,11 +139,25 @@ def _build(arguments: list[str]) -> dict[str, Any]:
         )
         table.add_row(language, *(str(figure) for figure in figures))
     console.print(table)
+    if any(row["repeated_documents"] for row in report["languages"].values()):
+        console.print(_repeated_table(report["languages"]))
     for pair in report["near_duplicates"]:
         console.print(f"near duplicate of {pair['kept']} removed: {pair['removed']}")
     if report["reused"]:
         console.print(f"{config.out}: finished build of the same settings and sources reused")
     return {"out": config.out, **{key: value for key, value in report.items() if key != "files"}}
+
+
+def _repeated_table(languages: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="repeated for their copies (dedup.upsample)")
+    for column in ("language", "documents repeated", "documents added", "tokens added", "of all tokens"):
+        table.add_column(column, justify="right")
+    for language, row in languages.items():
+        counts = (row["repeated_documents"], row["added_documents"], row["added_tokens"])
+        table.add_row(
+            language, *(f"{count:,}" for count in counts), f"{100 * row['added_tokens'] / row['tokens']:.1f} %"
+        )
+    return table
 
 
 def _baselines(arguments: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 from omegaconf import MISSING
 
@@ -17,6 +18,7 @@ from data.errors import UsageError
 from data.sources.config import ReadConfig, validate_read
 
 MAX_WEIGHT_PERIOD = 100_000
+MAX_TIMES = 100
 SPECIAL_TOKENS = 6
 BYTES = 256
 ENCODERS = ("auto", "huggingface", "gigatoken")
@@ -99,6 +101,8 @@ class DedupConfig:
     threshold (0: not verified). scope: within what copies are looked for: global, language or dump.
 
     earlier: `dedup/index` of an earlier corpus, to whose documents this one's yield. keep_index: such an index is kept.
+    upsample: copies -> times, so that {2: 2, 10: 3} stores training documents that stand for at least 2 documents
+    twice, those for at least 10 three times; the rest, and all where it is empty, once.
     """
 
     shingle: int = 5
@@ -109,6 +113,7 @@ class DedupConfig:
     scope: str = "global"
     earlier: str = ""
     keep_index: bool = True
+    upsample: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -240,6 +245,7 @@ def validate(config: DataConfig) -> None:
         problems.append(f"tokenizer.encoder: found '{config.tokenizer.encoder}', allowed {', '.join(ENCODERS)}")
     if config.dedup.scope not in SCOPES:
         problems.append(f"dedup.scope: found '{config.dedup.scope}', allowed {', '.join(SCOPES)}")
+    problems += _upsample_problems(config.dedup.upsample)
     if not config.sources:
         problems.append("sources: none given")
     folded: dict[str, str] = {}
@@ -255,6 +261,25 @@ def validate(config: DataConfig) -> None:
     parse_weights({name: source.weight for name, source in config.sources.items()}, "source weights")
     validate_clean(config.clean.config())
     validate_read(config.decontaminate.read.config(), "decontaminate.read")
+
+
+def _upsample_problems(upsample: Mapping[int, int]) -> list[str]:
+    wrong = [pair for pair in upsample.items() if any(type(number) is not int for number in pair)]
+    if wrong:
+        return [f"dedup.upsample: found {copies}: {times}, need whole numbers" for copies, times in wrong]
+    problems = []
+    rising = sorted(upsample.items())
+    for copies, times in rising:
+        if copies < 2:
+            problems.append(f"dedup.upsample: found {copies} copies, need at least 2")
+        if not 1 <= times <= MAX_TIMES:
+            problems.append(f"dedup.upsample.{copies}: found {times} times, allowed 1 to {MAX_TIMES}")
+    problems += [
+        f"dedup.upsample.{copies}: found {times} times, need more than the {fewer} of {before} copies"
+        for (before, fewer), (copies, times) in pairwise(rising)
+        if times <= fewer
+    ]
+    return problems
 
 
 def _source_problems(name: str, source: SourceConfig) -> list[str]:

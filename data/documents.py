@@ -20,6 +20,9 @@ DOCUMENTS = pa.schema(
 )
 """Shards of documents between stages. (source, id) is a document's identity, kept to the end."""
 
+SURVIVORS = DOCUMENTS.append(pa.field("copies", pa.int32()))
+"""Shards after dedup. copies: documents that this one stands for, itself included."""
+
 
 @dataclass(frozen=True)
 class Document:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from data.contract import IGNORE
 from data.errors import UsageError
+from data.store.blocks import Identities
 from data.stream.batch import ReadyBlock
 from data.stream.stream import Stream, open_stream
 from data.tokenizer import load_tokenizer
@@ -49,12 +50,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Piece:
-    """One document, or a piece of one, in a sequence. number: of the document in its source. start: first of the
-    document's tokens as read. place, length: in the sequence. document_tokens: as read, with BOS, EOS and FIM. fim:
-    tokens of prefix, suffix and middle, None for a document that was not rearranged."""
+    """One document, or a piece of one, in a sequence. number: of the document in its source. copies: documents that it
+    stands for, None where that is not known. start: first of the document's tokens as read. place, length: in the
+    sequence. document_tokens: as read, with BOS, EOS and FIM. fim: tokens of prefix, suffix and middle, None for a
+    document that was not rearranged."""
 
     number: int
     id: str
+    copies: int | None
     start: int
     place: int
     length: int
@@ -87,10 +90,10 @@ def read_sample(stream: Stream, number: int) -> Sample:
         raise UsageError(f"sample: found {number}, need at least 0")
     source, epoch, block, sequence, ready = stream.place(number)
     batch = stream.read([number])
-    ids = stream.document_ids(source, block)
+    identities = stream.identities(source, block)
     pieces, place = [], 0
     for row in ready.pieces(sequence):
-        pieces.append(_piece(ready, row, place, ids))
+        pieces.append(_piece(ready, row, place, identities))
         place += pieces[-1].length
     return Sample(
         stream.source_names[source],
@@ -104,7 +107,7 @@ def read_sample(stream: Stream, number: int) -> Sample:
     )
 
 
-def _piece(ready: ReadyBlock, row: Sequence[int], place: int, ids: Sequence[str] | None) -> Piece:
+def _piece(ready: ReadyBlock, row: Sequence[int], place: int, identities: Identities | None) -> Piece:
     number, start, length, _, chosen = row
     documents = ready.documents
     read, stored = int(documents.length_C[chosen]), int(documents.stored_C[chosen])
@@ -117,8 +120,11 @@ def _piece(ready: ReadyBlock, row: Sequence[int], place: int, ids: Sequence[str]
         for kind, a, b in document_runs(read, fim)
         if max(a, start) < min(b, start + length)
     )
-    name = ids[number - ready.first_document] if ids is not None else ""
-    return Piece(number, name, start, place, length, read, fim, runs)
+    name, copies, inside = "", None, number - ready.first_document
+    if identities is not None:
+        name = identities.id[inside]
+        copies = identities.copies[inside] if identities.copies is not None else None
+    return Piece(number, name, copies, start, place, length, read, fim, runs)
 
 
 def document_runs(length: int, fim: tuple[int, int, int] | None) -> list[tuple[str, int, int]]:
@@ -159,7 +165,15 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, Any]:
     if sample.padding:
         console.print(Text(f"[{sample.padding} x padding]", style=STYLES["padding"]))
     shown = [
-        {"id": p.id, "document": p.number, "at": p.place, "tokens": p.length, "start": p.start, "fim": p.fim}
+        {
+            "id": p.id,
+            "document": p.number,
+            "copies": p.copies,
+            "at": p.place,
+            "tokens": p.length,
+            "start": p.start,
+            "fim": p.fim,
+        }
         for p in sample.pieces
     ]
     return {
@@ -176,14 +190,15 @@ def inspect(config: InspectConfig, console: Console) -> dict[str, Any]:
 
 def _table(sample: Sample) -> Table:
     table = Table(title="documents of the sequence")
-    for column in ("id", "at", "tokens", "of the document", "prefix / suffix / middle"):
+    for column in ("id", "copies", "at", "tokens", "of the document", "prefix / suffix / middle"):
         table.add_column(column, justify="left" if column == "id" else "right")
     for piece in sample.pieces:
         whole = piece.length == piece.document_tokens
         part = "whole" if whole else f"{piece.start:,}-{piece.start + piece.length:,} of {piece.document_tokens:,}"
         fim = " / ".join(f"{count:,}" for count in piece.fim) if piece.fim else ""
         name = piece.id or f"document {piece.number}"
-        table.add_row(Text(name), f"{piece.place:,}", f"{piece.length:,}", part, fim)
+        copies = "" if piece.copies is None else f"{piece.copies:,}"
+        table.add_row(Text(name), copies, f"{piece.place:,}", f"{piece.length:,}", part, fim)
     return table
 
 

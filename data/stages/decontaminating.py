@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data.clean.decontaminate import BenchmarkIndex, benchmark_index, matches
+from data.clean.decontaminate import BenchmarkIndex, Match, benchmark_index, matches
 from data.config import DecontaminateConfig
 from data.hashing import canonical_json
 from data.sources.config import ReadConfig
@@ -23,6 +23,7 @@ from data.stages.shards import BATCH_DOCUMENTS, SHARD_FILE, ShardWriter, read_sh
 
 INDEX_FILES = ("ngrams.npy", "owners.npy", "names.json")
 MATCHES_FILE = "contaminated.jsonl"
+FOLDER = "decontaminated"
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,22 @@ class DropSettings:
     ngram: int
 
 
-def drop_contaminated(
-    runner: Runner, shards: Mapping[str, list[Done]], config: DecontaminateConfig
-) -> dict[str, list[Done]]:
-    """Shards without such documents, one for each given; each also holds MATCHES_FILE, a line for every document and
-    benchmark text.
+@dataclass(frozen=True)
+class JoinSettings:
+    """None."""
+
+
+@dataclass(frozen=True)
+class Decontaminated:
+    """shards: those left, one for each given. files: for the corpus, by name: path."""
+
+    shards: dict[str, list[Done]]
+    files: dict[str, str]
+
+
+def drop_contaminated(runner: Runner, shards: Mapping[str, list[Done]], config: DecontaminateConfig) -> Decontaminated:
+    """Shards without such documents; the corpus gets MATCHES_FILE, a line for every document dropped and benchmark text
+    that it shares with.
     """
     files = [file for path in config.paths for file in list_files(path)]
     settings = BenchmarkSettings(
@@ -60,8 +72,14 @@ def drop_contaminated(
         for parts in shards.values()
         for part in parts
     ]
-    done = iter(runner.run("decontaminate/documents", tasks, drop))
-    return {name: [next(done) for _ in parts] for name, parts in shards.items()}
+    dropped = runner.run("decontaminate/documents", tasks, drop)
+    inputs = tuple(done.file(MATCHES_FILE) for done in dropped)
+    (joined,) = runner.run(
+        "decontaminate/matches", [Task("decontaminate/matches", "all", inputs, JoinSettings())], join_matches
+    )
+    each = iter(dropped)
+    left = {name: [next(each) for _ in parts] for name, parts in shards.items()}
+    return Decontaminated(left, {f"{FOLDER}/{MATCHES_FILE}": joined.file(MATCHES_FILE)})
 
 
 def index_benchmarks(task: Task, directory: Path) -> Counts:
@@ -92,6 +110,17 @@ def drop(task: Task, directory: Path) -> Counts:
             identities = zip(documents["source"].to_pylist(), documents["id"].to_pylist(), strict=True)
             shard.write(documents.filter(pa.array([identity not in hit for identity in identities])))
     return {"documents": shard.totals}
+
+
+def join_matches(task: Task, directory: Path) -> Counts:
+    """Matches of all shards in the order of (source, id, benchmark), whatever shards their documents lay in. Counts:
+    matches.
+    """
+    lines = [line for path in task.inputs for line in Path(path).read_bytes().splitlines()]
+    found = [Match(**json.loads(line)) for line in lines]
+    found.sort(key=lambda match: (match.source, match.id, match.benchmark))
+    (directory / MATCHES_FILE).write_bytes(b"".join(canonical_json(asdict(match)) + b"\n" for match in found))
+    return {"matches": len(found)}
 
 
 def _load(task: Task) -> BenchmarkIndex:

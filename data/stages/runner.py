@@ -25,7 +25,7 @@ from data.stages.contract import ChainFunction, Counts, Engine, Task, TaskFuncti
 from data.stages.marker import Done, fresh_directory, load, publish, remove
 from data.stages.progress import Progress
 
-STAGES_FORMAT = 1
+STAGES_FORMAT = 2
 LOG_FILE = "log.jsonl"
 
 

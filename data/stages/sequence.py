@@ -24,7 +24,7 @@ from data.stages.shards import total
 from data.stages.shuffling import shuffle_documents
 from data.stages.splitting import hold_out
 from data.stages.storing import lay_out, make_manifest, make_plans
-from data.stages.tokenising import TokeniseSettings, tokenise_shards
+from data.stages.tokenising import TokeniseSettings, repetitions, tokenise_shards
 from data.stages.tokenizer_training import make_tokenizer
 from data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
@@ -34,7 +34,9 @@ Shards = dict[str, list[Done]]
 
 @dataclass
 class Corpus:
-    """A build on its way. Shards are those of each source after the last stage run; ledger: what each step left."""
+    """A build on its way. Shards are those of each source after the last stage run; ledger: what each step left.
+    decontaminated: files of that stage for the corpus, by name: path.
+    """
 
     config: DataConfig
     runner: Runner
@@ -45,6 +47,7 @@ class Corpus:
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: Reasons = field(default_factory=dict)
     edited: Reasons = field(default_factory=dict)
+    decontaminated: dict[str, str] = field(default_factory=dict)
     dedup: Deduplicated | None = None
     tokenizer: Done | None = None
     blocks: Shards = field(default_factory=dict)
@@ -92,7 +95,8 @@ def run_clean(corpus: Corpus) -> None:
 def run_decontaminate(corpus: Corpus) -> None:
     if not corpus.config.decontaminate.paths:
         return
-    corpus.shards = drop_contaminated(corpus.runner, corpus.shards, corpus.config.decontaminate)
+    found = drop_contaminated(corpus.runner, corpus.shards, corpus.config.decontaminate)
+    corpus.shards, corpus.decontaminated = found.shards, found.files
     corpus.ledger.record("benchmarks", total(corpus.counts()))
 
 
@@ -122,8 +126,12 @@ def run_tokenizer(corpus: Corpus) -> None:
 def run_tokenise(corpus: Corpus) -> None:
     assert corpus.tokenizer is not None
     config = corpus.config
-    settings = TokeniseSettings(config.seed, config.tokenizer.encoder, config.tokenizer.boundary_split)
+    upsample = tuple(sorted(config.dedup.upsample.items()))
+    settings = TokeniseSettings(config.seed, config.tokenizer.encoder, config.tokenizer.boundary_split, upsample)
     corpus.shards = tokenise_shards(corpus.runner, corpus.shards, corpus.tokenizer, settings)
+    if upsample:
+        added = {language: more[1:3] for language, more in repetitions(corpus.counts()).items()}
+        corpus.ledger.record("upsampled", total(corpus.counts()), added)
     for chosen in sorted({part.counts["encoder"] for parts in corpus.shards.values() for part in parts}):
         corpus.runner.progress.console.print(f"encoder: {chosen}", highlight=False)
 
@@ -138,7 +146,11 @@ def run_plan(corpus: Corpus) -> None:
     manifest = make_manifest(corpus.blocks, corpus.shards, corpus.tokenizer, corpus.languages, corpus.weights)
     corpus.manifest = manifest
     files = {f"heldout/{done.name}.jsonl": done.file(f"{done.name}.jsonl") for done in corpus.heldout}
-    files |= {name: corpus.tokenizer.file(name) for name in (TOKENIZER_FILE, CONFIG_FILE)} | corpus.dedup.files
+    files |= (
+        {name: corpus.tokenizer.file(name) for name in (TOKENIZER_FILE, CONFIG_FILE)}
+        | corpus.dedup.files
+        | corpus.decontaminated
+    )
     lay_out(corpus.store, manifest, corpus.blocks, files)
     corpus.files = {name: corpus.runner.digest(path) for name, path in files.items()}
     corpus.plans = make_plans(corpus.runner, corpus.store, manifest, corpus.config.store.plan_lengths)
@@ -190,7 +202,8 @@ def _summary(corpus: Corpus, language: str, heldout: list[int]) -> dict[str, Any
     tokens = sum(count["tokens"].get(language, 0) for count in corpus.counts())
     rows = [row[language] for row in corpus.ledger.steps.values()]
     dropped = {step: row[language]["dropped_documents"] for step, row in corpus.ledger.steps.items()}
-    if rows[0]["documents"] != documents + sum(dropped.values()):
+    repeated, added, _, added_tokens = repetitions(corpus.counts()).get(language, [0, 0, 0, 0])
+    if rows[0]["documents"] + added != documents + sum(dropped.values()):
         raise AssertionError(f"{language}: documents kept and dropped do not add up: {rows}")
     holding = [name for name, parts in corpus.shards.items() if language in total([part.counts for part in parts])]
     return {
@@ -199,6 +212,9 @@ def _summary(corpus: Corpus, language: str, heldout: list[int]) -> dict[str, Any
         "near_duplicates": dropped["near dedup"],
         "heldout_documents": heldout[0],
         "heldout_bytes": heldout[1],
+        "repeated_documents": repeated,
+        "added_documents": added,
+        "added_tokens": added_tokens,
         "documents": documents,
         "bytes": size,
         "tokens": tokens,

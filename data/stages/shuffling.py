@@ -17,8 +17,8 @@ from data.stages.contract import Counts, Task
 from data.stages.marker import Done
 from data.stages.runner import Runner
 from data.stages.shards import shard_documents
-from data.stages.tokenising import IDS_FILE, INDEX_FILE, TOKENS_FILE, read_ids
-from data.store.blocks import write_block
+from data.stages.tokenising import IDS_FILE, INDEX_FILE, TOKENS_FILE, read_identities
+from data.store.blocks import Identities, write_block
 from data.store.files import TOKEN_DTYPE
 
 ORDER_FILE = "order.npy"
@@ -108,7 +108,7 @@ def order(task: Task, directory: Path) -> Counts:
     for key in np.unique(order_D["key"][1:][order_D["key"][1:] == order_D["key"][:-1]]):
         place_K = np.flatnonzero(order_D["key"] == key)
         same = order_D[place_K]
-        ids = [str(read_ids(task.inputs[2 * int(d["shard"]) + 1])[int(d["row"])].as_py()) for d in same]
+        ids = [str(read_identities(task.inputs[2 * int(d["shard"]) + 1])["id"][int(d["row"])].as_py()) for d in same]
         order_D[place_K] = same[sorted(range(len(ids)), key=ids.__getitem__)]
     np.save(directory / ORDER_FILE, order_D, allow_pickle=False)
     return {"tokens": int(order_D["tokens"].sum()), "order": len(order_D)}
@@ -126,13 +126,15 @@ def gather(task: Task, directory: Path) -> Counts:
     if not len(order_D):
         return {"block": None}
     documents: list[np.ndarray] = [np.empty(0, dtype=TOKEN_DTYPE)] * len(order_D)
-    identities = [""] * len(order_D)
+    id_D, copies_D = [""] * len(order_D), [0] * len(order_D)
     for shard in np.unique(order_D["shard"]).tolist():
         tokens_N = np.memmap(shards[2 * shard], dtype=TOKEN_DTYPE, mode="r")
         place_K = np.flatnonzero(order_D["shard"] == shard)
-        ids = read_ids(shards[2 * shard + 1]).take(order_D["row"][place_K]).to_pylist()
-        for place, identity in zip(place_K.tolist(), ids, strict=True):
+        named = read_identities(shards[2 * shard + 1]).take(order_D["row"][place_K])
+        columns = (named["id"].to_pylist(), named["copies"].to_pylist())
+        for place, identity, copies in zip(place_K.tolist(), *columns, strict=True):
             start, tokens = int(order_D["start"][place]), int(order_D["tokens"][place])
             documents[place] = tokens_N[start : start + tokens]
-            identities[place] = identity
+            id_D[place], copies_D[place] = identity, copies
+    identities = Identities(id_D, copies_D)
     return {"block": asdict(write_block(directory, settings.source, settings.number, documents, identities))}

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.clean.clean import AUTO
+from data.documents import SURVIVORS
 from data.errors import DataError
 from data.hashing import UINT64, canonical_json, key64
 from data.stages.contract import Counts, Task
@@ -125,7 +126,8 @@ def heldout_limit(task: Task, directory: Path) -> Counts:
 def divide(task: Task, directory: Path) -> Counts:
     """A shard's training documents and its held-out ones. Counts: documents left for training, and held out."""
     limits = dict(task.settings.limits)
-    with ShardWriter(directory / SHARD_FILE) as training, ShardWriter(directory / HELDOUT_FILE) as heldout:
+    places = (directory / SHARD_FILE, directory / HELDOUT_FILE)
+    with ShardWriter(places[0], SURVIVORS) as training, ShardWriter(places[1], SURVIVORS) as heldout:
         for batch in read_shard(task.inputs[0]):
             limit_D = np.array([limits.get(language, -1) for language in batch["language"].to_pylist()], dtype=object)
             out_D = np.array(_keys(batch, task.settings.seed).astype(object) <= limit_D, dtype=bool)
@@ -141,6 +143,6 @@ def gather_heldout(task: Task, directory: Path) -> Counts:
         for batch in read_shard(path):
             found += [row for row in batch.to_pylist() if row["language"] == task.settings.language]
     found.sort(key=lambda row: (row["source"], row["id"]))
-    lines = [canonical_json({"id": row["id"], "text": row["text"], "source": row["source"]}) for row in found]
+    lines = [canonical_json({key: row[key] for key in ("id", "text", "source", "copies")}) for row in found]
     (directory / f"{task.settings.language}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return {"heldout": {task.settings.language: [len(found), sum(len(row["text"].encode()) for row in found)]}}

@@ -13,9 +13,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -41,6 +42,16 @@ PREFETCH_THREADS = 2
 CHECK_BYTES = 1 << 22
 
 
+@dataclass(frozen=True)
+class Identities:
+    """Of a block's documents, in order. id: one that is stored several times has it each time. copies: documents that
+    each stands for after dedup, itself included; None where that is not known.
+    """
+
+    id: list[str]
+    copies: list[int] | None = None
+
+
 def split_into_blocks(length_N: Sequence[int] | np.ndarray, block_tokens: int) -> list[tuple[int, int]]:
     """Ranges [first, last) of documents, whole ones, for blocks of about `block_tokens`, as even as the documents
     allow.
@@ -53,25 +64,26 @@ def split_into_blocks(length_N: Sequence[int] | np.ndarray, block_tokens: int) -
 
 
 def write_block(
-    directory: Path, source: str, number: int, documents: Sequence[np.ndarray], ids: Sequence[str] | None = None
+    directory: Path, source: str, number: int, documents: Sequence[np.ndarray], identities: Identities | None = None
 ) -> Block:
     """Write block `number` of a source, whole documents (BOS and EOS included), below `directory`.
 
-    ids: their identities, in order. Errors: DataError for unsafe names, empty documents or counts that differ;
-    CannotWriteError.
+    Errors: DataError for unsafe names, empty documents, or identities that do not fit them; CannotWriteError.
     """
     where = block_stem(checked_source_name(source, str(directory)), number)
     if not len(documents) or not all(len(document) for document in documents):
         raise DataError(f"{where}: a block and its documents must not be empty")
-    if ids is not None and len(ids) != len(documents):
-        raise DataError(f"{where}: {len(ids)} identities for {len(documents)} documents")
+    held = {} if identities is None else {key: value for key, value in asdict(identities).items() if value is not None}
+    if held and _identities(held, len(documents)) is None:
+        lengths = " and ".join(f"{len(value)} {key}" for key, value in held.items())
+        raise DataError(f"{where}: {lengths} are not the identities of {len(documents)} documents")
     tokens_N = np.concatenate(documents).astype(TOKEN_DTYPE)
     offset_D = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype("<i8")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, offset_D, version=(1, 0), allow_pickle=False)
     files = {".bin": tokens_N.tobytes(), ".npy": buffer.getvalue()}
-    if ids is not None:
-        files[".ids.json"] = canonical_json(list(ids))
+    if held:
+        files[".ids.json"] = canonical_json(held)
     make_directory((directory / where).parent)
     for suffix, content in files.items():
         write_file(directory / f"{where}{suffix}", content)
@@ -117,19 +129,19 @@ class BlockStore:
         self._wait(block)
         return self._tokens(block)
 
-    def ids(self, block: Block) -> list[str]:
-        """Identities of a block's documents, in order. Error: DataError, also where the corpus has none."""
+    def identities(self, block: Block) -> Identities:
+        """Identities of a block's documents. Error: DataError, also where the corpus has none."""
         where = self.location.shown(block.ids_file)
         if not block.ids_sha256:
             raise DataError(f"{where}: this corpus was made without identities of its documents")
         with self._file(block.ids_file, block.ids_sha256, ids_bytes(block)) as file:
             try:
-                ids = json.load(file)
+                found = _identities(json.load(file), block.documents)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from None
-        if not isinstance(ids, list) or len(ids) != block.documents or not all(isinstance(name, str) for name in ids):
+        if found is None:
             raise DataError(f"{where}: not the identities of {block.documents} documents")
-        return ids
+        return found
 
     def prefetch(self, blocks: Iterable[Block]) -> None:
         """Fetch, check and map these blocks in background threads. What goes wrong is raised when a block is read."""
@@ -212,6 +224,18 @@ class BlockStore:
             file.close()
             raise
         return file
+
+
+def _identities(content: Any, documents: int) -> Identities | None:
+    """Content of an `.ids.json`, None where it is not that of so many documents."""
+    if not isinstance(content, dict) or not {"id"} <= set(content) <= {"id", "copies"}:
+        return None
+    columns = list(content.values())
+    if not all(isinstance(column, list) and len(column) == documents for column in columns):
+        return None
+    good = all(type(name) is str for name in content["id"])
+    good &= all(type(count) is int and count >= 1 for count in content.get("copies", []))
+    return Identities(**content) if good else None
 
 
 def _bytes(array: np.ndarray) -> int:

@@ -16,7 +16,7 @@ from data.contract import Block, Manifest, Source
 from data.errors import DataError, UsageError
 from data.hashing import file_sha256, permutation
 from data.publish import locked, published
-from data.store.blocks import BLOCK_TOKENS, BlockStore, split_into_blocks, write_block
+from data.store.blocks import BLOCK_TOKENS, BlockStore, Identities, split_into_blocks, write_block
 from data.store.location import Location, Remote, open_location
 from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, with_digest, write_manifest
 from data.store.megatron import Indexed, checked_documents, read_indexed, write_indexed
@@ -151,7 +151,8 @@ def _import_source(directory: Path, config: ImportConfig, name: str, data: Index
         chosen = order_D[first:last].tolist()
         documents = checked_documents(data, chosen, config.vocab_size, ends)
         _check_ends(data, chosen, documents, config)
-        blocks.append(write_block(directory, name, number, documents, [str(document) for document in chosen]))
+        identities = Identities([str(document) for document in chosen])
+        blocks.append(write_block(directory, name, number, documents, identities))
     tokens = sum(block.tokens for block in blocks)
     return Source(name, given.language, count, tokens, given.text_bytes, blocks, str(parse_weight(given.weight, name)))
 

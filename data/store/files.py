@@ -14,7 +14,8 @@ from data.errors import DataError
 TOKEN_BYTES = 4
 TOKEN_DTYPE = np.dtype("<u4")
 INDEX_HEADER_BYTES = 128
-IDENTITY_BYTES = 4096
+IDENTITY_BYTES = 4096 + 11
+IDENTITY_FRAME_BYTES = 32
 CHECK_BYTES = 1 << 20
 
 
@@ -25,7 +26,7 @@ def index_bytes(block: Block) -> int:
 
 def ids_bytes(block: Block) -> int:
     """Bytes that a block's `.ids.json` may have at most."""
-    return 2 + block.documents * IDENTITY_BYTES
+    return IDENTITY_FRAME_BYTES + block.documents * IDENTITY_BYTES
 
 
 def block_files(block: Block) -> list[tuple[str, str, int]]:

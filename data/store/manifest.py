@@ -19,7 +19,7 @@ from data.store.names import checked_source_name, table_file
 from data.store.table import BLOCK_DTYPE, HEADER_BYTES, block_table, open_table, table_bytes, table_sha256
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_BYTES = 1 << 24
 SOURCE_TYPES = {"name": str, "language": str, "documents": int, "tokens": int, "text_bytes": int, "weight": str}
 MANIFEST_TYPES = {

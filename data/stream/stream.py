@@ -23,7 +23,7 @@ from data.config import parse_weights
 from data.contract import STATE_VERSION, Manifest, MicroBatch, StepCounts, StreamState
 from data.errors import DataError, UsageError
 from data.hashing import json_sha256, key64
-from data.store.blocks import BlockStore
+from data.store.blocks import BlockStore, Identities
 from data.store.location import Location, Remote, open_location
 from data.store.manifest import load_manifest, verify_files
 from data.stream.batch import BatchMaker, ReadyBlock
@@ -169,10 +169,10 @@ class Stream:
         source, epoch, block, sequence = (int(column[0]) for column in self._locate(np.array([sample], dtype=np.int64)))
         return source, epoch, block, sequence, self._ready_block(source, epoch, block)
 
-    def document_ids(self, source: int, block: int) -> list[str] | None:
+    def identities(self, source: int, block: int) -> Identities | None:
         """Identities of a block's documents, None where the corpus was made without. Error: DataError."""
         listed = self._sources[source].blocks[block]
-        return self._store.ids(listed) if listed.ids_sha256 else None
+        return self._store.identities(listed) if listed.ids_sha256 else None
 
     def prefetch(self, sample: int) -> None:
         """Have the store fetch, in the background, the blocks that come at `sample` and after it."""

@@ -119,7 +119,7 @@ def test_blocks_hold_the_training_text(built: tuple[DataConfig, dict[str, Any]])
             for start, end in pairwise(offsets):
                 assert (tokens[start], tokens[end - 1]) == (0, 1)
                 texts.append(decode(tokenizer, tokens[start + 1 : end - 1]))
-            identities += store.ids(block)
+            identities += store.identities(block).id
         assert len(identities) == len(texts) == source.documents == report["languages"][source.language]["documents"]
         assert sum(len(text.encode()) for text in texts) == source.text_bytes
         assert identities != sorted(identities)
@@ -269,6 +269,13 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (64, "unknown key 'store.blok_tokens'; did you mean 'store.block_tokens'?", ["build", "+store.blok_tokens=3"]),
         (64, "unknown key 'sources.en.wait'", ["build", "sources.en.wait=3"]),
         (64, "could not be converted to Integer", ["build", "seed=abc"]),
+        (64, "'dedup.upsample' is a map: add to it with a +", ["build", "dedup.upsample={2: 2}"]),
+        (64, "full_key: dedup.upsample.a", ["build", "+dedup.upsample={a: 2}"]),
+        (64, "full_key: dedup.upsample.2", ["build", "+dedup.upsample={2: 2.5}"]),
+        (64, "dedup.upsample.2: found 0 times, allowed 1 to 100", ["build", "+dedup.upsample={2: 0}"]),
+        (64, "dedup.upsample.2: found 101 times", ["build", "+dedup.upsample={2: 101}"]),
+        (64, "dedup.upsample: found 1 copies, need at least 2", ["build", "+dedup.upsample={1: 2}"]),
+        (64, "dedup.upsample.9: found 2 times, need more than the 2 of", ["build", "+dedup.upsample={2: 2, 9: 2}"]),
         (64, "heldout_share: found 1.5", ["build", "heldout_share=1.5", "tokenizer.vocab_size=5"]),
         (64, "sources.en.weight: found 'much'", ["build", "sources.en.weight=much"]),
         (64, "shares that sum to 9/10, need 1", ["build", "sources.en.weight=0.7", "sources.zh.weight=0.2"]),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -22,7 +24,7 @@ from data.look.inspect import document_runs, read_sample
 from data.look.report import curves, groups_of_copies, language_shares, read_corpus
 from data.stream.fim import apply_fim
 from data.stream.stream import open_stream
-from tests.data.synthetic import planted, write_jsonl
+from tests.data.synthetic import planted, token_corpus, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,7 @@ def test_runs_are_where_fim_puts_its_parts(parts: tuple[int, int, int]) -> None:
 def test_a_sample_is_described_as_it_is_read(corpus: Path) -> None:
     stream = open_stream(corpus, 256, mtp_depth=0, seed=3, stage="x", fim_rate=0.5)
     rearranged = 0
+    copies: dict[str, int | None] = {}
     for number in range(40):
         sample, batch = read_sample(stream, number), stream.read([number])
         assert sample.tokens == tuple(batch.tokens[0].tolist())
@@ -75,12 +78,24 @@ def test_a_sample_is_described_as_it_is_read(corpus: Path) -> None:
             assert set(specials) <= {0, 1, 3, 4, 5}
             rearranged += piece.fim is not None
             assert piece.id
+            copies[piece.id] = piece.copies
     assert rearranged > 5
+    removed = pq.read_table(corpus / "dedup" / "removed.parquet")
+    groups = Counter(removed["kept_id"].to_pylist())
+    assert copies == {name: 1 + groups[name] for name in copies} and 3 in copies.values()
+
+
+def test_a_corpus_without_identities_is_described(tmp_path: Path) -> None:
+    token_corpus(tmp_path, {"one": 30})
+    sample = read_sample(open_stream(tmp_path, 64, mtp_depth=0, seed=3, stage="x"), 0)
+    assert {(piece.id, piece.copies) for piece in sample.pieces} == {("", None)}
 
 
 def test_inspect_prints_documents_and_one_object(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", f"data={corpus}", "sample=2", "length=256", "fim_rate=0.5", "seed=3"]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr().out
+    last = json.loads(said.splitlines()[-1])
+    assert "copies" in said and all(document["copies"] in (1, 2, 3) for document in last["documents"])
     assert last["source"] == "zh" and sum(d["tokens"] for d in last["documents"]) + last["padding"] == 256
     assert main(["inspect", f"data={corpus}", "sample=-1"]) == 64
     assert "sample: found -1" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import pickle
 import random
@@ -29,6 +30,7 @@ from tests.data.synthetic import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
 QUIET = Console(quiet=True)
+CONTAMINATED = "decontaminated/contaminated.jsonl"
 BUILD = """
 import pickle, sys
 from rich.console import Console
@@ -176,6 +178,17 @@ def test_benchmark_texts_are_kept_out(corpus: Corpus, tmp_path: Path) -> None:
     report = build(config, QUIET)
     assert report["steps"]["benchmarks"]["en"]["dropped_documents"] == 3
     assert report["steps"]["benchmarks"]["zh"]["dropped_documents"] == 0
+    published = (tmp_path / "out" / CONTAMINATED).read_bytes()
+    assert hashlib.sha256(published).hexdigest() == report["files"][CONTAMINATED]
+    told = [json.loads(line) for line in published.splitlines()]
+    assert [(match["source"], match["id"], match["benchmark"]) for match in told] == [
+        ("en", name, "benchmark.jsonl:q1")
+        for name in sorted([found[0].id, f"{found[0].id}/near", f"{found[0].id}/same"])
+    ]
+    assert CONTAMINATED not in corpus.report["files"]
+    again = settings(tmp_path / "again", split_files(tmp_path, seed=5), shard_bytes=7_000)
+    again.decontaminate.paths = config.decontaminate.paths
+    assert build(again, QUIET)["files"][CONTAMINATED] == report["files"][CONTAMINATED]
 
 
 def test_a_source_of_several_languages(corpus: Corpus, tmp_path: Path) -> None:

@@ -15,30 +15,36 @@ import pytest
 from data.contract import Block, Manifest, Source
 from data.errors import DataError
 from data.store import blocks as blocks_module
-from data.store.blocks import BlockStore, write_block
-from data.store.manifest import load_manifest, verify_files, with_digest, write_manifest
+from data.store.blocks import BlockStore, Identities, write_block
+from data.store.manifest import FORMAT_VERSION, load_manifest, verify_files, with_digest, write_manifest
 from tests.data.synthetic import token_corpus
 
 DOCUMENTS = [np.array([0, 7, 8, 1]), np.array([0, 9, 1]), np.array([0, 511, 1])]
 
 
-def corpus(directory: Path, ids: list[str] | None = None) -> tuple[Manifest, Block]:
-    block = write_block(directory, "en", 0, DOCUMENTS, ids)
-    manifest = with_digest(Manifest(2, "0" * 64, 512, 0, 1, 2, (Source("en", "en", 3, 10, 5, [block]),), ""))
+NAMED = Identities(["a", "é", "中"], [1, 12, 3])
+
+
+def corpus(directory: Path, identities: Identities | None = None) -> tuple[Manifest, Block]:
+    block = write_block(directory, "en", 0, DOCUMENTS, identities)
+    manifest = with_digest(
+        Manifest(FORMAT_VERSION, "0" * 64, 512, 0, 1, 2, (Source("en", "en", 3, 10, 5, [block]),), "")
+    )
     write_manifest(directory, manifest)
     return load_manifest(directory), block
 
 
 def test_a_block_is_read_back(tmp_path: Path) -> None:
-    manifest, block = corpus(tmp_path, ["a", "é", "中"])
+    manifest, block = corpus(tmp_path, NAMED)
     store = BlockStore(tmp_path, manifest)
     listed = manifest.sources[0].blocks[0]
     assert listed == block
     assert store.tokens(listed).tolist() == [0, 7, 8, 1, 0, 9, 1, 0, 511, 1]
     assert store.offsets(listed).tolist() == [0, 4, 7, 10] and store.offsets(listed).dtype == np.int64
-    assert store.ids(listed) == ["a", "é", "中"]
+    assert store.identities(listed) == NAMED
     assert (tmp_path / "blocks/en/000000.bin").read_bytes() == np.concatenate(DOCUMENTS).astype("<u4").tobytes()
-    assert (tmp_path / "blocks/en/000000.ids.json").read_text(encoding="utf-8") == '["a","é","中"]'
+    named = (tmp_path / "blocks/en/000000.ids.json").read_text(encoding="utf-8")
+    assert named == '{"copies":[1,12,3],"id":["a","é","中"]}'
     index = (tmp_path / "blocks/en/000000.npy").read_bytes()
     assert len(index) == 128 + 4 * 8 and np.load(io.BytesIO(index)).tolist() == [0, 4, 7, 10]
     with pytest.raises(ValueError, match="read-only"):
@@ -46,15 +52,33 @@ def test_a_block_is_read_back(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_a_block_is_refused(tmp_path: Path) -> None:
-    for source, documents, ids, message in (
+    for source, documents, identities, message in (
         ("../x", DOCUMENTS, None, "may hold only letters"),
         ("en", [], None, "must not be empty"),
         ("en", [np.array([], dtype=np.uint32)], None, "must not be empty"),
-        ("en", DOCUMENTS, ["a"], "1 identities for 3 documents"),
+        ("en", DOCUMENTS, Identities(["a"]), "1 id are not the identities of 3 documents"),
+        ("en", DOCUMENTS, Identities(["a"] * 3, [1]), "3 id and 1 copies are not the identities of 3 documents"),
+        ("en", DOCUMENTS, Identities(["a"] * 3, [1, 0, 1]), "are not the identities of 3 documents"),
     ):
         with pytest.raises(DataError, match=message):
-            write_block(tmp_path, source, 0, documents, ids)
+            write_block(tmp_path, source, 0, documents, identities)
     assert not list(tmp_path.iterdir())
+
+
+def test_copies_may_be_unknown_and_identities_absent(tmp_path: Path) -> None:
+    manifest, block = corpus(tmp_path / "named", Identities(["0", "1", "2"]))
+    assert (tmp_path / "named" / block.ids_file).read_bytes() == b'{"id":["0","1","2"]}'
+    assert BlockStore(tmp_path / "named", manifest).identities(block) == Identities(["0", "1", "2"], None)
+    manifest, block = corpus(tmp_path / "bare")
+    assert not (tmp_path / "bare" / block.ids_file).exists()
+    with pytest.raises(DataError, match="made without identities"):
+        BlockStore(tmp_path / "bare", manifest).identities(block)
+
+
+def test_the_longest_identities_fit(tmp_path: Path) -> None:
+    longest = Identities(["x" * 4094] * 3, [2**31 - 1] * 3)
+    manifest, block = corpus(tmp_path, longest)
+    assert BlockStore(tmp_path, manifest).identities(block) == longest
 
 
 def resigned(directory: Path, block: Block, **content: bytes) -> Manifest:
@@ -65,7 +89,9 @@ def resigned(directory: Path, block: Block, **content: bytes) -> Manifest:
         (directory / name).write_bytes(new)
         digests[field] = hashlib.sha256(new).hexdigest()
     block = replace(block, **digests)  # type: ignore[arg-type]
-    manifest = with_digest(Manifest(2, "0" * 64, 512, 0, 1, 2, (Source("en", "en", 3, 10, 5, [block]),), ""))
+    manifest = with_digest(
+        Manifest(FORMAT_VERSION, "0" * 64, 512, 0, 1, 2, (Source("en", "en", 3, 10, 5, [block]),), "")
+    )
     write_manifest(directory, manifest)
     return load_manifest(directory)
 
@@ -93,17 +119,26 @@ def npy(array: np.ndarray) -> bytes:
         ("index_sha256", npy(np.array([0, 4, 7, 10]))[:-1], "cannot read the block index"),
         ("index_sha256", b"nothing", "cannot read the block index"),
         ("index_sha256", npy(np.arange(11)), "bytes, at most 160 expected"),
-        ("ids_sha256", b'["a","b"]', "not the identities of 3 documents"),
-        ("ids_sha256", b'["a","b",3]', "not the identities of 3 documents"),
-        ("ids_sha256", b'["a","b"', "not JSON"),
+        ("ids_sha256", b'["a","b","c"]', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"id":["a","b"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"id":["a","b",3]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"id":"abc"}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":[1,1,1]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":[1,1],"id":["a","b","c"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":[1,0,1],"id":["a","b","c"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":[1,true,1],"id":["a","b","c"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":[1,1.5,1],"id":["a","b","c"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"copies":null,"id":["a","b","c"]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"id":["a","b","c"],"x":[1,1,1]}', "not the identities of 3 documents"),
+        ("ids_sha256", b'{"id":["a","b"', "not JSON"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path: Path, field: str, content: bytes, message: str) -> None:
-    _, block = corpus(tmp_path, ["a", "b", "c"])
+    _, block = corpus(tmp_path, NAMED)
     manifest = resigned(tmp_path, block, **{field: content})
     store = BlockStore(tmp_path, manifest)
     with pytest.raises(DataError, match=message) as error:
-        for read in (store.tokens, store.offsets, store.ids):
+        for read in (store.tokens, store.offsets, store.identities):
             read(manifest.sources[0].blocks[0])
     assert str(tmp_path / "blocks/en/000000") in str(error.value) and "\n" not in str(error.value)
 
@@ -116,8 +151,8 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 def test_damage_is_found_at_open_or_at_the_first_read(tmp_path: Path) -> None:
-    manifest, block = corpus(tmp_path, ["a", "b", "c"])
-    for name, read in ((block.file, "tokens"), (block.index_file, "offsets"), (block.ids_file, "ids")):
+    manifest, block = corpus(tmp_path, NAMED)
+    for name, read in ((block.file, "tokens"), (block.index_file, "offsets"), (block.ids_file, "identities")):
         path = tmp_path / name
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])

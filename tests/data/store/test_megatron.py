@@ -102,7 +102,9 @@ def test_export_import_export_is_the_same(tmp_path: Path) -> None:
     assert [s.tokens for s in found.sources] == [s.tokens for s in manifest.sources]
     assert report["sources"]["en"]["documents"] == 21 and report["sources"]["en"]["blocks"] > 1
     store = BlockStore(tmp_path / "back", found)
-    assert [i for block in found.sources[0].blocks for i in store.ids(block)] == [str(n) for n in range(21)]
+    named = [store.identities(block) for block in found.sources[0].blocks]
+    assert [i for block in named for i in block.id] == [str(n) for n in range(21)]
+    assert all(block.copies is None for block in named)
     one = export_megatron(ExportConfig(str(tmp_path / "corpus"), str(tmp_path / "one"), ["zh"]))
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["zh.bin", "zh.idx"]
     assert list(one["sources"]) == ["zh"]
@@ -121,7 +123,7 @@ def test_import_in_another_order_with_ends_and_sequences_joined(tmp_path: Path) 
     assert report["sources"]["en"] == {"documents": 3, "sequences": 4, "tokens": 12, "blocks": 2}
     manifest = load_manifest(tmp_path / "back")
     store = BlockStore(tmp_path / "back", manifest)
-    order = [int(i) for block in manifest.sources[0].blocks for i in store.ids(block)]
+    order = [int(i) for block in manifest.sources[0].blocks for i in store.identities(block).id]
     assert sorted(order) == [0, 1, 2] != order
     tokens = [token for block in manifest.sources[0].blocks for token in store.tokens(block).tolist()]
     assert tokens == [token for number in order for token in (0, *documents[number], 1)]

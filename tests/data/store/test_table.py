@@ -17,7 +17,14 @@ import pytest
 from data.contract import Block, Manifest, Source
 from data.errors import DataError
 from data.hashing import json_sha256
-from data.store.manifest import MANIFEST_FILE, load_manifest, manifest_files, with_digest, write_manifest
+from data.store.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    load_manifest,
+    manifest_files,
+    with_digest,
+    write_manifest,
+)
 from data.store.table import BLOCK_DTYPE, BlockTable, block_table, table_bytes, table_sha256
 from tests.data.synthetic import token_corpus
 
@@ -98,8 +105,8 @@ def changed(path: Path, change: Any, digest: bool = True) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=1), "format version 1, this program reads 2; build it again"),
-        (lambda m: m.update(version=3), "format version 3"),
+        (lambda m: m.update(version=2), "format version 2, this program reads 3; build it again"),
+        (lambda m: m.update(version=4), "format version 4"),
         (lambda m: m.update(version=True), "format version True"),
         (lambda m: m.pop("version"), "format version None"),
         (lambda m: m.pop("pad_id"), "damaged: 'pad_id'"),
@@ -200,7 +207,7 @@ def test_a_large_table_is_not_held_in_memory(tmp_path: Path) -> None:
     record_B["first_document"] = np.arange(count) * 13_000
     record_B["first_token"] = np.arange(count) << 24
     source = Source("big", "en", count * 13_000, count << 24, 0, BlockTable("big", record_B))
-    write_manifest(tmp_path, with_digest(Manifest(2, "0" * 64, 512, 0, 1, 2, (source,), "")))
+    write_manifest(tmp_path, with_digest(Manifest(FORMAT_VERSION, "0" * 64, 512, 0, 1, 2, (source,), "")))
     tracemalloc.start()
     found = load_manifest(tmp_path).sources[0].blocks
     assert found[count - 1].number == count - 1 and found[77].tokens == 1 << 24
