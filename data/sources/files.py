@@ -213,6 +213,9 @@ class _answering:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"no such file: {self.shown}") from None
         lines = str(error).splitlines() or [""]
+        if "support range requests" in lines[0]:
+            message = "its server does not give parts of a file (HTTP range requests); copy it here and name the copy"
+            raise DataError(f"{self.shown}: {message}") from None
         raise UnavailableError(f"{self.shown}: {type(error).__name__}: {without_secrets(lines[0])}") from None
 
 

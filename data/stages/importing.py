@@ -140,7 +140,9 @@ def _found(file: SourceFile) -> str:
     from fsspec.core import url_to_fs
 
     filesystem, place = url_to_fs(file.path)
-    return str(filesystem.ukey(place))
+    # fsspec takes what is behind an HTTP address for unchanging: its key is the address alone.
+    found = filesystem.info(place)
+    return json_sha256([str(filesystem.ukey(place)), found.get("size"), str(found.get("ETag"))])
 
 
 def _ranges(file: SourceFile, size: int) -> list[SourceFile]:
