@@ -97,10 +97,13 @@ def data_table(run: RunRecord) -> str:
         "exact_duplicates": "exact duplicates",
         "near_duplicates": "near duplicates",
         "heldout_documents": "held out",
+        "added_documents": "repeated",
         "documents": "trained on",
         "tokens": "tokens",
         "bytes_per_token": "bytes per token",
     }
+    if not any(counts.get("added_documents") for counts in run.data.values()):
+        del columns["added_documents"]
     out = [
         "<h2>The text</h2><table><tr><th>language</th>",
         *(f"<th>{title}</th>" for title in columns.values()),

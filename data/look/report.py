@@ -199,13 +199,13 @@ def page(name: str, corpus: Corpus, pictures: Sequence[Picture]) -> str:
         ],
     )
     sections = [head, shares, *(picture_section(picture) for picture in pictures)]
-    sections += dropped_tables(told)
+    sections += change_tables(told)
     sections += examples(corpus.examples)
     return html_page(f"Corpus {name}", STYLE, sections)
 
 
-def dropped_tables(told: Mapping[str, Any]) -> list[str]:
-    """Documents dropped by step, language and, where a step gives them, reason."""
+def change_tables(told: Mapping[str, Any]) -> list[str]:
+    """Documents dropped by step, language and, where a step gives them, reason; documents repeated."""
     rows = [
         (step, language, counts["dropped_documents"], round(counts["dropped_bytes"] / 1e6, 3))
         for step, row in told["steps"].items()
@@ -221,6 +221,15 @@ def dropped_tables(told: Mapping[str, Any]) -> list[str]:
     if reasons:
         text = "By the first rule that a document broke."
         tables.append(table_section("Reasons", text, ("rule", "language", "documents", "MB"), sorted(reasons)))
+    added = ("repeated_documents", "added_documents", "added_tokens")
+    repeated = [
+        (language, *(row[key] for key in added))
+        for language, row in told["languages"].items()
+        if row["repeated_documents"]
+    ]
+    if repeated:
+        text = "Documents that stand for many copies, stored more than once."
+        tables.append(table_section("Repeated", text, ("language", "documents", "added", "tokens added"), repeated))
     return tables
 
 

@@ -21,7 +21,7 @@ from data.config import DataConfig, SourceConfig, StoreConfig, TokenizerConfig
 from data.contract import IGNORE
 from data.look.html import html_page, table_section
 from data.look.inspect import document_runs, read_sample
-from data.look.report import curves, groups_of_copies, language_shares, read_corpus
+from data.look.report import change_tables, curves, groups_of_copies, language_shares, read_corpus
 from data.stream.fim import apply_fim
 from data.stream.stream import open_stream
 from tests.data.synthetic import planted, token_corpus, write_jsonl
@@ -167,3 +167,11 @@ def test_plans_are_made_beforehand(corpus: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(["plans", f"data={corpus}", wrong]) == 64
         assert message in capsys.readouterr().err
+
+
+def test_repetitions_are_told() -> None:
+    counts = {"repeated_documents": 3, "added_documents": 5, "added_tokens": 1234}
+    told = {"steps": {}, "dropped": {}, "languages": {"zh": counts, "en": dict.fromkeys(counts, 0)}}
+    (table,) = change_tables(told)
+    assert "<h2>Repeated</h2>" in table and "1,234" in table and "zh" in table and "en" not in table.split("<tr>")[-1]
+    assert change_tables({**told, "languages": {"en": dict.fromkeys(counts, 0)}}) == []
