@@ -1,9 +1,10 @@
-"""`python -m data COMMAND [key=value ...]`: fetch, build and its stages, baselines. The last line of each is one JSON
-object.
+"""`python -m data COMMAND [key=value ...]`: fetch, build and its stages, and what looks at a built corpus. The last
+line of each is one JSON object. `COMMAND --help` prints its keys with the values they have.
 """
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +51,17 @@ USAGE = """usage: python -m data COMMAND [key=value ...]
   report     a page with pictures of a built corpus         data=DIR out=DIR +tokenizers.NAME=FOLDER ...
   export-megatron  .bin and .idx of every source            corpus=DIR out=DIR sources=[NAME,...]
   import-megatron  a corpus of .bin and .idx                out=DIR tokenizer=FILE vocab_size=N
-             '+sources={NAME: {prefix: PATH, language: CODE}}' add_ends=BOOL shuffle=SEED ..."""
+             '+sources={NAME: {prefix: PATH, language: CODE}}' add_ends=BOOL shuffle=SEED ...
+  COMMAND --help   every key of a command and its value, as YAML"""
+CONFIGS: dict[str, type] = {
+    "fetch": FetchConfig,
+    "baselines": BaselinesConfig,
+    "plans": PlansConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
+    "export-megatron": ExportConfig,
+    "import-megatron": ImportConfig,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,6 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command '{command}'{nearest(command, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
+        if {"-h", "--help"} & set(rest):
+            print(_keys(command, [argument for argument in rest if argument not in ("-h", "--help")]))
+            return 0
         if command in STAGE_COMMANDS:
             result = _stage(command, rest)
         else:
@@ -101,6 +116,13 @@ def _data_config(arguments: list[str]) -> DataConfig:
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("config=")]
     keys = [argument for argument in arguments if not argument.startswith("config=")]
     return compose_dataclass(DataConfig, names[-1] if names else "demo", keys)
+
+
+def _keys(command: str, arguments: list[str]) -> str:
+    """What a command can be told: its description and every key with its value, ??? where one must be given."""
+    config = CONFIGS.get(command) or _data_config(arguments)
+    described = inspect_module.getdoc(config if isinstance(config, type) else type(config))
+    return f"{described}\n\n{OmegaConf.to_yaml(OmegaConf.structured(config))}".rstrip()
 
 
 def _stage(stage: str, arguments: list[str]) -> dict[str, Any]:
