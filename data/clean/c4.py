@@ -47,7 +47,8 @@ def c4(text: str, t: C4Rules) -> tuple[str, str | None]:
         kept.append(line)
     if t.min_sentences is not None and found < t.min_sentences:
         return text, "few_sentences"
-    return "\n".join(kept).strip(), None
+    left = "\n".join(kept).strip()
+    return (left, None) if left else (text, "empty")
 
 
 def sentences(line: str) -> int:
