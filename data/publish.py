@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import BusyError, CannotWriteError
+from data.errors import BusyError, CannotWriteError, UsageError
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -37,8 +37,21 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """What cannot be written inside is one line (CannotWriteError) that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {what}: {error.strerror or error}") from None
+
+
+@contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the right to make `out`; the lock dies with the process. Errors: BusyError, CannotWriteError."""
+    """Hold the right to make `out`; the lock dies with the process. Errors: UsageError where it has no name, BusyError,
+    CannotWriteError.
+    """
+    if out.name in ("", ".."):
+        raise UsageError(f"out: found '{out}', need a directory with a name of its own")
     make_directory(out.parent)
     try:
         lock = (out.parent / f".{out.name}.lock").open("w")

@@ -41,8 +41,11 @@ def _rows(file: SourceFile, stream: Any, settings: ReadConfig, row: int) -> Iter
         if name not in schema.names:
             known = ", ".join(schema.names)
             raise DataError(f"{file.shown}: no column '{name}' (there are: {known})")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{file.shown}: {schema.names.count(name)} columns are named '{name}', need one")
         if not _readable(schema.field(name).type, integers=name != settings.text):
-            raise DataError(f"{file.shown}: column '{name}' must be text, found {schema.field(name).type}")
+            needed = "text" if name == settings.text else "text or integers"
+            raise DataError(f"{file.shown}: column '{name}' must be {needed}, found {schema.field(name).type}")
     parquet = pq.ParquetFile(stream, read_dictionary=[settings.text], page_checksum_verification=True)
     if row > parquet.metadata.num_rows:
         raise DataError(f"{file.shown}: told to go on at row {row}, beyond its {parquet.metadata.num_rows}")

@@ -15,7 +15,7 @@ import zstandard
 
 from data.errors import DataError
 from data.sources.config import ReadConfig
-from data.sources.files import SourceFile, open_file
+from data.sources.files import SourceFile, open_file, read_some
 
 CHUNK = 1 << 20
 PIECES = {"zst": 2 << 10, "gz": 64 << 10}
@@ -42,7 +42,7 @@ def chunks(file: SourceFile, settings: ReadConfig, offset: int = 0) -> Iterator[
             if offset > stream.seek(0, 2):
                 raise DataError(f"{file.shown}: told to go on at byte {offset}, beyond its end")
             stream.seek(offset)
-            while chunk := stream.read(CHUNK):
+            while chunk := read_some(stream, file.shown, CHUNK):
                 yield chunk
             return
         passed = 0
@@ -58,7 +58,7 @@ def _decompressed(file: SourceFile, stream: BinaryIO, settings: ReadConfig) -> I
     taken = given = held = 0
     decoder: _Decoder | None = None
     parts: list[bytes] = []
-    for piece in _pieces(stream, PIECES[file.compression]):
+    for piece in _pieces(file, stream, PIECES[file.compression]):
         start = taken
         taken += len(piece)
         while piece:
@@ -96,8 +96,8 @@ def _decompressed(file: SourceFile, stream: BinaryIO, settings: ReadConfig) -> I
         yield b"".join(parts)
 
 
-def _pieces(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    while chunk := stream.read(CHUNK):
+def _pieces(file: SourceFile, stream: BinaryIO, size: int) -> Iterator[bytes]:
+    while chunk := read_some(stream, file.shown, CHUNK):
         for first in range(0, len(chunk), size):
             yield chunk[first : first + size]
 

@@ -86,6 +86,20 @@ def open_file(file: SourceFile) -> BinaryIO:
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=0))
 
 
+def read_some(stream: BinaryIO, shown: str, size: int) -> bytes:
+    """At most `size` bytes. Error: DataError where the disk cannot give them."""
+    try:
+        return stream.read(size)
+    except OSError as error:
+        raise DataError(f"cannot read {shown}: {error.strerror or error}") from None
+
+
+def unreached(error: FileNotFoundError) -> OSError | None:
+    """Why a store was not reached, where it says instead that a file is not there, as fsspec's for HTTP does."""
+    cause = error.__cause__
+    return cause if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else None
+
+
 def _local(path: str) -> str | None:
     match = _URL.match(path)
     if match is None:
@@ -108,6 +122,8 @@ def _list_local(path: str) -> list[SourceFile]:
         root = _fixed_part(path)
         matches = glob.glob(path, recursive=True, include_hidden=False)
         names = [os.path.relpath(match, root) for match in matches if not os.path.isdir(match)]
+    elif os.path.lexists(path):
+        raise DataError(f"{path}: not a plain file")
     else:
         raise DataError(f"no such file: {path}")
     real_root = os.path.realpath(root)
@@ -135,7 +151,8 @@ def _list_remote(path: str) -> list[SourceFile]:
             details = {place: filesystem.info(place)}
         else:
             root = place
-            details = filesystem.find(place, detail=True)
+            # Some stores find nothing where they are not reached; asked about the place itself, they say so.
+            details = filesystem.find(place, detail=True) or _no_details(filesystem, place)
     found = []
     for name, detail in details.items():
         if detail.get("type", "file") != "file":
@@ -152,6 +169,15 @@ def _list_remote(path: str) -> list[SourceFile]:
         url = filesystem.unstrip_protocol(name)
         found.append(_file(url, str(relative), int(detail.get("size") or 0), without_secrets(url)))
     return found
+
+
+def _no_details(filesystem: Any, place: str) -> dict[str, Any]:
+    try:
+        filesystem.info(place)
+    except FileNotFoundError as error:
+        if (cause := unreached(error)) is not None:
+            raise cause from None
+    return {}
 
 
 def _fixed_part(pattern: str) -> str:

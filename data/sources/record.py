@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from data.sources.config import ReadConfig
+
+# As JSON, where quotes and backslashes take two bytes, an identity must fit what a block's identities may take
+# (`data.store.files.IDENTITY_BYTES`).
+MAX_ID_BYTES = 2000
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Fault(Exception):
@@ -37,7 +43,13 @@ def checked(record: Record | Fault, settings: ReadConfig) -> tuple[str, str, int
     if not isinstance(text, str):
         raise Fault("no text", f"{record.place}: field '{settings.text}' must be text, found {_found(text)}")
     size = _bytes(text, record.place, "text")
-    _bytes(identity, record.place, "id")
+    if (id_bytes := _bytes(identity, record.place, "id")) > MAX_ID_BYTES:
+        raise Fault("id too long", f"{record.place}: id of {id_bytes} bytes, allowed {MAX_ID_BYTES}")
+    if control := CONTROL.search(identity):
+        place, found = control.start(), ord(control[0])
+        raise Fault(
+            "control character", f"{record.place}: id holds control character {found:#04x} at character {place}"
+        )
     if size > settings.max_document_bytes:
         allowed = settings.max_document_bytes
         raise Fault("too long", f"{record.place}: text of {size} bytes, allowed {allowed}")

@@ -19,10 +19,10 @@ from data.config import SourceConfig
 from data.errors import DataError
 from data.hashing import UINT64, json_sha256, key64
 from data.sources.config import ReadConfig
-from data.sources.files import JSONL, SourceFile, list_files, open_file, without_secrets
+from data.sources.files import JSONL, SourceFile, list_files, open_file, read_some, without_secrets
 from data.sources.read import Position, read_batches
 from data.stages.contract import Counts, Task
-from data.stages.marker import Done
+from data.stages.marker import Done, remove
 from data.stages.runner import Runner
 from data.stages.shards import BATCH_DOCUMENTS, SHARD_FILE, ShardWriter, read_shard, shard_documents
 
@@ -56,30 +56,37 @@ class ImportSettings:
 
 @dataclass(frozen=True)
 class IdentitySettings:
-    """Identities whose 64-bit keys lie in [first, last] of a source."""
+    """Identities whose 64-bit keys lie in [first, last] of a source. shards: of each, the name of its file and how many
+    documents of the file come before.
+    """
 
     source: str
     first: int
     last: int
+    shards: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The files of every source in order, and the sha256 of each."""
+    """The files of every source in order, and the sha256 of each. found: of each path, what the disk or the store said
+    of it before it was read.
+    """
 
     files: dict[str, list[SourceFile]]
     sha256: dict[str, list[str]]
+    found: dict[str, str]
 
 
 def take_inventory(runner: Runner, sources: Mapping[str, SourceConfig]) -> Inventory:
     """Finds and digests the source files. Errors: DataError naming source and path; UnavailableError."""
     files = {name: _source_files(name, source) for name, source in sources.items()}
+    found = {file.path: _found(file) for group in files.values() for file in group}
     tasks = []
     for name, group in files.items():
         for number, file in enumerate(group):
             # What the disk says of the file decides whether it is read again here; what it holds, all the rest.
             runner.digests[file.path] = ""
-            tasks.append(Task("files", f"{name}.{number:05d}", (file.path,), InventorySettings(_found(file))))
+            tasks.append(Task("files", f"{name}.{number:05d}", (file.path,), InventorySettings(found[file.path])))
     runner_before, runner.before = runner.before, frozenset()
     done = iter(runner.run("files", tasks, digest_file))
     runner.before = runner_before
@@ -87,7 +94,7 @@ def take_inventory(runner: Runner, sources: Mapping[str, SourceConfig]) -> Inven
     for name, group in files.items():
         sha256[name] = [next(done).counts["sha256"] for _ in group]
         runner.digests |= {file.path: digest for file, digest in zip(group, sha256[name], strict=True)}
-    return Inventory(files, sha256)
+    return Inventory(files, sha256, found)
 
 
 def import_sources(
@@ -115,11 +122,12 @@ def import_sources(
                 tasks[name].append(task)
     every = [task for group in tasks.values() for task in group]
     parts = dict(zip([task.name for task in every], runner.chain("import/documents", every, import_file), strict=True))
+    _check_unchanged(inventory, tasks, parts)
     shards = {}
     for name, group in tasks.items():
         _no_empty_file(name, group, parts)
         shards[name] = [part for task in group for part in parts[task.name] if shard_documents(part.counts)]
-    _check_identities(runner, shards)
+    _check_identities(runner, tasks, parts)
     return shards
 
 
@@ -135,7 +143,10 @@ def _source_files(name: str, source: SourceConfig) -> list[SourceFile]:
 
 def _found(file: SourceFile) -> str:
     if "://" not in file.path:
-        found = Path(file.path).stat()
+        try:
+            found = Path(file.path).stat()
+        except OSError as error:
+            raise DataError(f"cannot read {file.shown}: {error.strerror}") from None
         return json_sha256([found.st_size, found.st_mtime_ns])
     from fsspec.core import url_to_fs
 
@@ -159,7 +170,7 @@ def digest_file(task: Task, directory: Path) -> Counts:
     """sha256 of a source file."""
     digest = hashlib.sha256()
     with open_file(SourceFile(task.inputs[0], "", 0, JSONL)) as file:
-        while content := file.read(READ_BYTES):
+        while content := read_some(file, without_secrets(task.inputs[0]), READ_BYTES):
             digest.update(content)
     return {"sha256": digest.hexdigest()}
 
@@ -215,6 +226,19 @@ def _batches(
         yield documents, position, Counter(skipped)
 
 
+def _check_unchanged(inventory: Inventory, tasks: Mapping[str, list[Task]], parts: Mapping[str, list[Done]]) -> None:
+    """Shards of a file that was changed between its digest and now are of nobody knows what: they go."""
+    for name, files in inventory.files.items():
+        for file in files:
+            if _found(file) == inventory.found[file.path]:
+                continue
+            for task in tasks[name]:
+                if task.inputs[0] == file.path:
+                    for part in parts[task.name]:
+                        remove(part.directory)
+            raise DataError(f"source '{name}': {file.shown} was changed while it was read; run again when it is whole")
+
+
 def _no_empty_file(source: str, tasks: list[Task], parts: dict[str, list[Done]]) -> None:
     held: dict[str, int] = {}
     for task in tasks:
@@ -225,15 +249,23 @@ def _no_empty_file(source: str, tasks: list[Task], parts: dict[str, list[Done]])
             raise DataError(f"source '{source}': {without_secrets(path)} holds no documents")
 
 
-def _check_identities(runner: Runner, shards: dict[str, list[Done]]) -> None:
+def _check_identities(runner: Runner, imported: Mapping[str, list[Task]], parts: Mapping[str, list[Done]]) -> None:
     tasks = []
-    for name, parts in shards.items():
-        inputs = tuple(part.file(file) for part in parts for file in (IDS_FILE, SHARD_FILE))
-        count = max(1, -(-sum(shard_documents(part.counts) for part in parts) // IDS_AT_ONCE))
+    for name, group in imported.items():
+        inputs: list[str] = []
+        shards: list[tuple[str, int]] = []
+        before: Counter[str] = Counter()
+        for task in group:
+            for part in parts[task.name]:
+                if documents := shard_documents(part.counts):
+                    inputs += [part.file(IDS_FILE), part.file(SHARD_FILE)]
+                    shards.append((task.settings.name, before[task.inputs[0]]))
+                before[task.inputs[0]] += documents
+        count = max(1, -(-sum(before.values()) // IDS_AT_ONCE))
         edges = [(2**64 * i) // count for i in range(count + 1)]
         for number in range(count):
-            settings = IdentitySettings(name, edges[number], edges[number + 1] - 1)
-            tasks.append(Task("import/identities", f"{name}.{number:05d}", inputs, settings))
+            settings = IdentitySettings(name, edges[number], edges[number + 1] - 1, tuple(shards))
+            tasks.append(Task("import/identities", f"{name}.{number:05d}", tuple(inputs), settings))
     runner.run("import/identities", tasks, check_identities)
 
 
@@ -250,9 +282,13 @@ def check_identities(task: Task, directory: Path) -> Counts:
     order_N = np.argsort(key_N, kind="stable")
     same_N = np.flatnonzero(key_N[order_N][1:] == key_N[order_N][:-1])
     for index in same_N.tolist():
-        left, right = (_identity(task, *place_N2[order_N[place]].tolist()) for place in (index, index + 1))
+        places_22 = place_N2[order_N[[index, index + 1]]].tolist()
+        left, right = (_identity(task, *place) for place in places_22)
         if left == right:
-            raise DataError(f"source '{settings.source}': id '{left}' is given twice")
+            where = " and ".join(
+                f"document {settings.shards[shard][1] + row} of {settings.shards[shard][0]}" for shard, row in places_22
+            )
+            raise DataError(f"source '{settings.source}': id '{left}' is given twice: {where}, counted from 0")
     return {"identities": len(key_N)}
 
 

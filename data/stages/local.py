@@ -12,7 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -21,12 +21,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from data.errors import BusyError, DataError, WorkerLostError
+from data.errors import BusyError, CannotWriteError, DataError, WorkerLostError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 LOCK_FILE = "workers.lock"
+OWNER_FILE = "build.lock"
 LOCK_SECONDS = 10.0
 # One thread each: the processes are the parallelism.
 THREADS = {
@@ -47,18 +48,28 @@ class _Worker:
 
 @dataclass
 class LocalEngine:
-    """Engine of `workers` processes. work: directory of the lock that workers hold. Use within `with`."""
+    """Engine of `workers` processes. work: directory of the locks that it and its workers hold; another engine there is
+    refused (BusyError). Use within `with`.
+    """
 
     workers: int
     work: Path
     _pool: list[_Worker] = field(default_factory=list)
+    _owned: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> LocalEngine:
-        with _held(self.work / LOCK_FILE, fcntl.LOCK_EX, LOCK_SECONDS):
-            pass
+        with ExitStack() as held:
+            held.enter_context(_held(self.work / OWNER_FILE, fcntl.LOCK_EX, 0.0, "another build is at work there"))
+            with _held(self.work / LOCK_FILE, fcntl.LOCK_EX, LOCK_SECONDS):
+                pass
+            self._owned = held.pop_all()
         return self
 
     def __exit__(self, *arguments: object) -> None:
+        self._stop()
+        self._owned.close()
+
+    def _stop(self) -> None:
         for worker in self._pool:
             worker.process.kill()
         for worker in self._pool:
@@ -106,9 +117,14 @@ class LocalEngine:
         context = get_context("spawn")
         here, there = context.Pipe()
         ours, theirs = context.Pipe(duplex=False)
-        with _environment(THREADS):
-            process = context.Process(target=_work, args=(there, ours, str(self.work / LOCK_FILE)), daemon=True)
-            process.start()
+        process = context.Process(target=_work, args=(there, ours, str(self.work / LOCK_FILE)), daemon=True)
+        # An interrupt from the terminal reaches workers too; it must not before they know that it is not theirs.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            with _environment(THREADS):
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         there.close()
         ours.close()
         return _Worker(process, here, theirs)
@@ -153,16 +169,22 @@ def _end_with_parent(life: Connection) -> None:
 
 
 @contextmanager
-def _held(path: Path, kind: int, seconds: float) -> Iterator[None]:
+def _held(
+    path: Path, kind: int, seconds: float, busy: str = "worker processes of another build are still at work"
+) -> Iterator[None]:
     limit = time.monotonic() + seconds
-    with path.open("w") as file:
+    try:
+        lock = path.open("w")
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {path}: {error.strerror}") from None
+    with lock as file:
         while True:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > limit:
-                    raise BusyError(f"{path.parent}: worker processes of another build are still at work") from None
+                    raise BusyError(f"{path.parent}: {busy}") from None
                 time.sleep(0.05)
         yield
 

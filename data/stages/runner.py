@@ -20,7 +20,8 @@ import tokenizers
 
 from data.errors import UsageError
 from data.hashing import json_sha256
-from data.sources.files import SourceFile, open_file
+from data.publish import make_directory, writing
+from data.sources.files import SourceFile, open_file, read_some
 from data.stages.contract import ChainFunction, Counts, Engine, Task, TaskFunction
 from data.stages.marker import Done, fresh_directory, load, publish, remove
 from data.stages.progress import Progress
@@ -106,7 +107,7 @@ class Runner:
         if path not in self.digests:
             digest = hashlib.sha256()
             with open_file(SourceFile(path, "", 0, "")) as file:
-                while content := file.read(1 << 20):
+                while content := read_some(file, path, 1 << 20):
                     digest.update(content)
             self.digests[path] = digest.hexdigest()
         return self.digests[path]
@@ -116,7 +117,7 @@ class Runner:
         if jobs and (command := stage.partition("/")[0]) in self.before:
             finished = f"{len(done)} of {len(done) + len(jobs)} tasks done"
             raise UsageError(f"stage '{command}' is not finished ({finished}): run `python -m data {command}` first")
-        (self.work / stage).mkdir(parents=True, exist_ok=True)
+        make_directory(self.work / stage)
         with self.progress.stage(stage, len(done) + len(jobs)) as advance:
             for held in done.values():
                 advance(_counts(held), old=True)
@@ -144,9 +145,10 @@ class Runner:
         place = self.work / stage
         if stage.partition("/")[0] in self.before or not place.is_dir():
             return
-        for path in place.iterdir():
-            if path.name not in keep:
-                remove(path)
+        with writing(place):
+            for path in place.iterdir():
+                if path.name not in keep:
+                    remove(path)
 
     def _remember(self, outcomes: list[Done]) -> None:
         for done in outcomes:
@@ -161,7 +163,9 @@ def _run(function: TaskFunction, job: _Job) -> Done:
     """In a worker: one task from its inputs to its published outputs."""
     _log(job.work, event="begun", stage=job.task.stage, task=job.place.name)
     partial_ = fresh_directory(job.place)
-    done = publish(partial_, job.place, job.identity, function(job.task, partial_))
+    with writing(partial_):
+        counts = function(job.task, partial_)
+    done = publish(partial_, job.place, job.identity, counts)
     _log(job.work, event="finished", stage=job.task.stage, task=job.place.name)
     return done
 
@@ -177,10 +181,11 @@ def _run_chain(function: ChainFunction, job: _Job) -> list[Done]:
         begun.append(fresh_directory(place))
         return begun[-1]
 
-    for counts in function(job.task, parts[-1].counts if parts else None, fresh):
-        place = job.part(len(parts))
-        parts.append(publish(begun.pop(), place, job.identity, counts))
-        _log(job.work, event="finished", stage=job.task.stage, task=place.name)
+    with writing(job.place):
+        for counts in function(job.task, parts[-1].counts if parts else None, fresh):
+            place = job.part(len(parts))
+            parts.append(publish(begun.pop(), place, job.identity, counts))
+            _log(job.work, event="finished", stage=job.task.stage, task=place.name)
     if not parts or not parts[-1].counts["last"]:
         raise AssertionError(f"{job.task.stage} {job.task.name}: the chain ended without its last part")
     return parts
@@ -188,5 +193,5 @@ def _run_chain(function: ChainFunction, job: _Job) -> list[Done]:
 
 def _log(work: Path, **event: object) -> None:
     # One write of less than a page in append mode: lines of several workers do not mix.
-    with (work / LOG_FILE).open("a", encoding="utf-8") as file:
+    with writing(work / LOG_FILE), (work / LOG_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({**event, "time": round(time.time(), 3)}) + "\n")

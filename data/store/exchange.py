@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 import numpy as np
 from omegaconf import MISSING
+from tokenizers import Tokenizer
 
-from data.config import parse_weight
+from data.config import parse_weight, parse_weights
 from data.contract import Block, Manifest, Source
 from data.errors import DataError, UsageError
 from data.hashing import file_sha256, permutation
-from data.publish import locked, published
+from data.publish import locked, published, write_file
 from data.store.blocks import BLOCK_TOKENS, BlockStore, Identities, split_into_blocks, write_block
 from data.store.location import Location, Remote, open_location
-from data.store.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, with_digest, write_manifest
+from data.store.manifest import FIM_IDS, FORMAT_VERSION, MANIFEST_FILE, load_manifest, with_digest, write_manifest
 from data.store.megatron import Indexed, checked_documents, read_indexed, write_indexed
 from data.store.names import checked_source_name
 
@@ -108,10 +108,11 @@ def import_megatron(config: ImportConfig) -> dict[str, Any]:
     tokenizer = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
         raise DataError(f"tokenizer: no such file: {tokenizer}")
+    content = _tokenizer(tokenizer, config.vocab_size)
     datasets = {name: read_indexed(Path(source.prefix)) for name, source in config.sources.items()}
     out = Path(config.out)
     with locked(out), published(out, MANIFEST_FILE) as directory:
-        shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
+        write_file(directory / TOKENIZER_FILE, content)
         manifest = with_digest(
             Manifest(
                 version=FORMAT_VERSION,
@@ -167,6 +168,20 @@ def _check_ends(data: Indexed, numbers: Sequence[int], documents: Sequence[np.nd
             )
 
 
+def _tokenizer(path: Path, vocab_size: int) -> bytes:
+    """Content of a tokenizer.json. Error: DataError where it is none, or has more entries than the vocabulary."""
+    try:
+        content = path.read_bytes()
+        entries = Tokenizer.from_str(content.decode()).get_vocab_size()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"{path}: not a tokenizer: {error}") from None
+    if entries > vocab_size:
+        raise DataError(f"{path}: the tokenizer has {entries} entries, vocab_size is {vocab_size}")
+    return content
+
+
 def _validate(config: ImportConfig) -> None:
     if not config.sources:
         raise UsageError("sources: none given; sources.NAME.prefix=PATH sources.NAME.language=CODE")
@@ -179,10 +194,20 @@ def _validate(config: ImportConfig) -> None:
         parse_weight(source.weight, f"sources.{name}.weight")
         if not source.language.isalnum():
             problems.append(f"sources.{name}.language: found '{source.language}', need a code such as en")
+        if Path(source.prefix).name in ("", ".."):
+            problems.append(f"sources.{name}.prefix: found '{source.prefix}', need a path without .bin and .idx")
+        if source.text_bytes < 0:
+            problems.append(f"sources.{name}.text_bytes: found {source.text_bytes}, need at least 0")
+    if len({name.casefold() for name in config.sources}) != len(config.sources):
+        problems.append(f"sources: {', '.join(config.sources)} differ only in case")
     if not 1 <= config.vocab_size <= 2**31:
         problems.append(f"vocab_size: found {config.vocab_size}, allowed 1 to {2**31}")
     if not 1 <= config.block_tokens <= 2**31:
         problems.append(f"block_tokens: found {config.block_tokens}, allowed 1 to {2**31}")
+    if config.shuffle >= 2**63:
+        problems.append(f"shuffle: found {config.shuffle}, allowed up to {2**63 - 1}")
+    if len(config.fim_ids) not in (0, FIM_IDS):
+        problems.append(f"fim_ids: found {len(config.fim_ids)}, allowed none or {FIM_IDS}")
     ids = {"bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id}
     ids |= {f"fim_ids.{place}": each for place, each in enumerate(config.fim_ids)}
     problems += [
@@ -192,3 +217,4 @@ def _validate(config: ImportConfig) -> None:
     ]
     if problems:
         raise UsageError("; ".join(problems))
+    parse_weights({name: source.weight for name, source in config.sources.items()}, "source weights")

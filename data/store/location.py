@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import fsspec  # type: ignore[import-untyped]
 
 from data.errors import CannotWriteError, DataError, UnavailableError, UsageError
+from data.sources.files import unreached
 from data.store.cache import BlockCache, FetchError
 from data.store.names import checked_name, open_below
 
@@ -64,10 +65,13 @@ class Location(ABC):
 
 
 class LocalLocation(Location):
-    """A directory."""
+    """A directory. A corpus that is built anew takes the place of the old one as a whole; files of the new one are
+    refused (DataError) to who began with the old one.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._began: tuple[int, int] | None = None
 
     def shown(self, name: str) -> str:
         return str(self.root / name)
@@ -82,10 +86,16 @@ class LocalLocation(Location):
     def open(self, name: str, sha256: str, limit: int) -> BinaryIO:
         try:
             file = open_below(self.root, name)
+            found = os.stat(self.root)
         except FileNotFoundError:
             raise DataError(f"{self.shown(name)}: missing") from None
         except OSError as error:
             raise DataError(f"{self.shown(name)}: cannot read: {error.strerror}") from None
+        place = (found.st_dev, found.st_ino)
+        if (began := self._began or place) != place:
+            file.close()
+            raise DataError(f"{self.shown(name)}: another corpus has taken the place of the one that was opened")
+        self._began = began
         if (size := os.fstat(file.fileno()).st_size) > limit:
             file.close()
             raise DataError(f"{self.shown(name)}: {size} bytes, at most {limit} expected")
@@ -122,7 +132,16 @@ class RemoteLocation(Location):
 
     def exists(self, name: str) -> bool:
         path = f"{self.root}/{checked_name(name, shown_url(self.url))}"
-        return bool(self._tried(name, lambda: self.filesystem.isfile(path)))
+
+        def action() -> bool:
+            try:
+                return bool(self.filesystem.info(path)["type"] == "file")
+            except FileNotFoundError as error:
+                if (cause := unreached(error)) is not None:
+                    raise cause from None
+                return False
+
+        return bool(self._tried(name, action))
 
     def open(self, name: str, sha256: str, limit: int) -> BinaryIO:
         def fetch(write: Callable[[bytes], object]) -> None:

@@ -5,6 +5,8 @@ the block tables included, so it names the data to the byte.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ from data.store.table import BLOCK_DTYPE, HEADER_BYTES, block_table, open_table,
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 3
 MANIFEST_BYTES = 1 << 24
+MAX_VOCABULARY = 1 << 31
+FIM_IDS = 3
+# No exponents: to work out 1e999999999 takes all memory.
+WEIGHT = re.compile(r"(?=[0.]*[1-9])[0-9]{1,20}(\.[0-9]{1,20}|/0{0,19}[1-9][0-9]{0,19})?")
 SOURCE_TYPES = {"name": str, "language": str, "documents": int, "tokens": int, "text_bytes": int, "weight": str}
 MANIFEST_TYPES = {
     "tokenizer_sha256": str, "vocab_size": int, "bos_id": int, "eos_id": int, "pad_id": int, "digest": str
@@ -77,9 +83,14 @@ def load_manifest(corpus: str | Path | Location) -> Manifest:
         if unknown := sorted(set(content) - {"version", "sources", "fim_ids", *MANIFEST_TYPES}):
             raise KeyError(f"unknown key {unknown[0]}")
         fim_ids = tuple(_typed({"fim_ids": each}, "fim_ids", int) for each in content["fim_ids"])
+        _check_vocabulary(where, said, fim_ids)
         names = [checked_source_name(_typed(source, "name", str), where) for source in content["sources"]]
         if len(set(names)) != len(names):
             raise DataError(f"{where}: a source name is given twice: {', '.join(names)}")
+        if len({name.casefold() for name in names}) != len(names):
+            raise DataError(f"{where}: source names that differ only in case: {', '.join(names)}")
+        if not names:
+            raise DataError(f"{where}: no sources")
         sources = tuple(_source(location, where, source) for source in content["sources"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: damaged: {error}") from None
@@ -103,6 +114,19 @@ def verify_files(corpus: str | Path | Location, manifest: Manifest, digests: boo
                         check_digest(file, location.shown(name), sha256)
 
 
+def _check_vocabulary(where: str, said: Mapping[str, Any], fim_ids: tuple[int, ...]) -> None:
+    vocab_size = said["vocab_size"]
+    if not 1 <= vocab_size <= MAX_VOCABULARY:
+        raise DataError(f"{where}: vocab_size {vocab_size}, allowed 1 to {MAX_VOCABULARY}")
+    if len(fim_ids) not in (0, FIM_IDS):
+        raise DataError(f"{where}: {len(fim_ids)} fim_ids, allowed none or {FIM_IDS}")
+    ids = {key: said[key] for key in ("bos_id", "eos_id", "pad_id")}
+    ids |= {f"fim_ids[{place}]": token for place, token in enumerate(fim_ids)}
+    for key, token in ids.items():
+        if token >= vocab_size:
+            raise DataError(f"{where}: {key} is {token}, but the vocabulary has {vocab_size}")
+
+
 def _content(manifest: Manifest) -> dict[str, Any]:
     """Everything in manifest.json: of each source's blocks, their number and the digest of their table."""
     sources = []
@@ -119,6 +143,9 @@ def _source(location: Location, where: str, content: dict[str, Any]) -> Source:
     blocks, sha256 = _typed(content, "blocks", int), _typed(content, "table_sha256", str)
     if unknown := sorted(set(content) - {"blocks", "table_sha256", *SOURCE_TYPES}):
         raise KeyError(f"unknown key {unknown[0]}")
+    if not WEIGHT.fullmatch(values["weight"]):
+        needed = "a rational above 0 such as 3, 0.25 or 1/3, at most 20 digits a number"
+        raise DataError(f"{where}: source '{values['name']}': weight {values['weight'][:40]!r}, need {needed}")
     name = table_file(values["name"])
     limit = HEADER_BYTES + blocks * BLOCK_DTYPE.itemsize
     with location.open(name, sha256, limit) as file:

@@ -17,6 +17,8 @@ from data.store.table import block_table
 from data.stream.fim import ADDED, draw_fim
 
 NO_LIMIT = 2**31 - 1
+# A block of the usual size; packing takes memory by the length of a sequence.
+MAX_LENGTH = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class PlanKey:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 2:
-            raise UsageError(f"sequence length: found {self.length}, need at least 2")
+        if not 2 <= self.length <= MAX_LENGTH:
+            raise UsageError(f"sequence length: found {self.length}, need at least 2 and at most {MAX_LENGTH}")
         if not 0 <= self.shortest <= self.longest:
             raise UsageError(
                 f"document lengths of {self.source}: found {self.shortest} to {self.longest}, need 0 <= shortest <= "

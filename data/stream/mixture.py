@@ -33,13 +33,15 @@ class Mixture:
         whole = [int(weight * scale) for weight in weights.values()]
         common = math.gcd(*whole)
         self.names = tuple(weights)
-        self.share = np.array([weight // common for weight in whole], dtype=np.int64)
-        self.period = int(self.share.sum())
+        share = [weight // common for weight in whole]
+        self.period = sum(share)
         if self.period > MAX_WEIGHT_PERIOD:
-            shown = ", ".join(f"{name}={weight}" for name, weight in weights.items())
-            raise UsageError(
-                f"mixture weights {shown} repeat only after {self.period} samples, allowed {MAX_WEIGHT_PERIOD}"
-            )
+            # A weight such as 1e9999 has more digits than anybody reads, or Python writes.
+            short = self.period < 10**18
+            shown = "".join(f" {name}={weight}" for name, weight in weights.items()) if short else ""
+            period = str(self.period) if short else "more than 10^18"
+            raise UsageError(f"mixture weights{shown} repeat only after {period} samples, allowed {MAX_WEIGHT_PERIOD}")
+        self.share = np.array(share, dtype=np.int64)
         self.source_K = _table(self.share)
         self.rank_K = np.empty(self.period, dtype=np.int64)
         for source in range(len(self.names)):

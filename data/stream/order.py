@@ -18,6 +18,8 @@ from data.errors import UsageError
 from data.hashing import key64, permutation
 
 EPOCHS_KEPT = 4
+# Where epochs differ, each before a sample has to be counted to find it.
+MAX_COUNTED = 10_000
 
 
 class BlockOrder:
@@ -85,6 +87,12 @@ class BlockOrder:
             return turn_N + self.first_epoch, rest_N
         while self._end_E[-1] <= count_N.max(initial=0):
             epoch = self.first_epoch + len(self._end_E)
+            ahead = (int(count_N.max()) - self._end_E[-1]) // int(self._epoch(epoch)[1][-1])
+            if (epochs := len(self._end_E) + ahead) > MAX_COUNTED:
+                raise UsageError(
+                    f"source {self.name}: its sample {count_N.max()} comes after some {epochs} epochs; allowed "
+                    f"{MAX_COUNTED} where fill-in-the-middle makes each another"
+                )
             self._end_E.append(self._end_E[-1] + int(self._epoch(epoch)[1][-1]))
         if len(self._end_E) == 1:
             return np.full_like(count_N, self.first_epoch), count_N + self.skipped

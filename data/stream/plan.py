@@ -101,7 +101,7 @@ def load_plan(store: BlockStore, source: Source, key: PlanKey) -> np.ndarray:
         content = location.read(f"{name}.npy", blocks * COUNT_DTYPE.itemsize + HEADER_BYTES)
         if (sha256 := hashlib.sha256(content).hexdigest()) != header["sha256"]:
             raise DataError(f"{location.shown(f'{name}.npy')}: sha256 is {sha256}, its header has {header['sha256']}")
-        count_B: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+        count_B: np.ndarray = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (ValueError, KeyError, RecursionError) as error:
         raise DataError(f"{where}: damaged plan: {error}") from None
     if count_B.shape != (blocks,) or count_B.dtype != COUNT_DTYPE:

@@ -38,6 +38,8 @@ from data.stream.skip import SkipList
 READY_BLOCKS = 64
 PLANS_KEPT = 4
 BLOCKS_AHEAD = 16
+# What an int64 holds.
+MAX_SAMPLES = 1 << 63
 
 
 def open_stream(
@@ -165,7 +167,11 @@ class Stream:
         return self._maker.reference(*self._places(samples))
 
     def place(self, sample: int) -> tuple[int, int, int, int, ReadyBlock]:
-        """Where a served sample comes from: (source index, epoch, block, sequence of it, the packed block)."""
+        """Where a served sample comes from: (source index, epoch, block, sequence of it, the packed block). Error:
+        UsageError for a number that no sample has.
+        """
+        if not 0 <= sample < MAX_SAMPLES:
+            raise UsageError(f"sample: found {sample}, allowed 0 to {MAX_SAMPLES - 1}")
         source, epoch, block, sequence = (int(column[0]) for column in self._locate(np.array([sample], dtype=np.int64)))
         return source, epoch, block, sequence, self._ready_block(source, epoch, block)
 
@@ -280,7 +286,8 @@ class Stream:
             packed = pack(documents.length_C, self.length, key)
             planned = int(self._plan(number, epoch)[block])
             if packed.sequences != planned:
-                raise DataError(f"{listed.index_file}: packs into {packed.sequences} sequences, the plan has {planned}")
+                where = self._store.location.shown(listed.index_file)
+                raise DataError(f"{where}: packs into {packed.sequences} sequences, the plan has {planned}")
             self._ready[place] = ready = ReadyBlock.of(packed, documents, self._store.tokens(listed), first)
             if len(self._ready) > READY_BLOCKS:
                 self._ready.popitem(last=False)

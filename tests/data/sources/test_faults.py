@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 import re
+import socket
 import tracemalloc
 from pathlib import Path
 
@@ -14,12 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.errors import DataError, UsageError
+from data.contract import Block
+from data.errors import DataError, UnavailableError, UsageError
 from data.sources import decompress
 from data.sources.config import ReadConfig, validate_read
 from data.sources.files import list_files, without_secrets
 from data.sources.lines import split_ranges
 from data.sources.read import Position, read_batches
+from data.sources.record import MAX_ID_BYTES
+from data.store.files import ids_bytes
+from data.store.location import Remote, open_location
+from data.store.manifest import load_manifest
 
 LINES = b"".join(b'{"id": "%d", "text": "%s"}\n' % (i, os.urandom(40).hex().encode()) for i in range(300))
 
@@ -142,6 +150,10 @@ def test_parquet_faults(tmp_path: Path) -> None:
     assert "row 1 is not UTF-8: byte 0xe9 at offset 3 of its text" in fault(path)
     pq.write_table(table.slice(0, 0), path)
     assert "holds no documents" in fault(path)
+    pq.write_table(pa.table([pa.array(["1"])] * 3, names=["id", "text", "text"]), path)
+    assert "2 columns are named 'text', need one" in fault(path)
+    pq.write_table(pa.table({"id": [1.5], "text": ["a"]}), path)
+    assert "column 'id' must be text or integers, found double" in fault(path)
     entries = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * 1_000_000]))
     pq.write_table(pa.table({"id": ["1"] * 3000, "text": entries}), path, compression="zstd")
     assert path.stat().st_size < 100_000
@@ -235,3 +247,44 @@ def test_numbers_too_long_and_nesting_too_deep_are_one_line(tmp_path: Path) -> N
         path.write_bytes(b'{"id": "1", "text": "x", "n": ' + line + b"}\n")
         assert "line at offset 0 is not JSON" in fault(path)
     assert json.loads(LINES.split(b"\n")[0])["id"] == "0"
+
+
+def test_identities_that_no_block_could_hold_or_that_steer_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    longest = '"' * MAX_ID_BYTES
+    assert 2 + len(json.dumps(longest)) <= ids_bytes(Block("s", 0, 1, 1, "", "", ""))
+    for identity, message in (
+        ("\u00e9" * (MAX_ID_BYTES // 2 + 1), f"id of {MAX_ID_BYTES + 2} bytes, allowed {MAX_ID_BYTES}"),
+        ("a\x1b[31m", "id holds control character 0x1b at character 1"),
+        ("\x85", "id holds control character 0x85 at character 0"),
+    ):
+        path.write_text(json.dumps({"id": longest, "text": "a"}) + "\n" + json.dumps({"id": identity, "text": "a"}))
+        assert message in fault(path) and f"line at offset {2 * MAX_ID_BYTES + 24}" in fault(path)
+
+
+def test_no_plain_file_is_not_a_missing_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: not a plain file"):
+        list_files(str(tmp_path / "a.jsonl"))
+
+
+def test_a_server_that_is_not_there_is_not_a_missing_file(tmp_path: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # nobody listens there
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match="Cannot connect"):
+            list_files(f"{url}/a.jsonl")
+        remote = Remote(str(tmp_path), attempts=1)
+        with pytest.raises(UnavailableError, match="Cannot connect"):
+            load_manifest(open_location(url, remote))
+
+
+def test_a_disk_that_does_not_give_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(LINES)
+        monkeypatch.setattr(decompress, "open_file", lambda file: Broken())
+        assert f"cannot read {tmp_path / name}: Input/output error" in fault(tmp_path / name)

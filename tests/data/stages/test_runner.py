@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.errors import BusyError, DataError, WorkerLostError
+from data.errors import BusyError, CannotWriteError, DataError, WorkerLostError
 from data.stages.contract import Counts, Task
 from data.stages.local import LOCK_FILE, LocalEngine
 from data.stages.marker import MARKER_FILE
@@ -60,6 +61,10 @@ def die(task: Task, directory: Path) -> Counts:
     if task.settings.times == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return {}
+
+
+def full(task: Task, directory: Path) -> Counts:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def runner(work: Path, engine: LocalEngine | None = None, verify: bool = True) -> Runner:
@@ -170,3 +175,22 @@ def test_workers_of_another_build_are_waited_for(tmp_path: Path, monkeypatch: py
         fcntl.flock(held, fcntl.LOCK_SH)
         with pytest.raises(BusyError, match="worker processes of another build"), LocalEngine(1, tmp_path):
             pass
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with pytest.raises(CannotWriteError, match=r"cannot write .*stage/.*t0.*: No space left on device"):
+        runner(tmp_path / "work").run("stage", tasks(source, 1), full)
+    assert not (tmp_path / "work/stage/t0").exists()
+    (tmp_path / "work" / LOG_FILE).unlink()
+    (tmp_path / "work" / LOG_FILE).mkdir()
+    with pytest.raises(CannotWriteError, match=r"log\.jsonl: Is a directory"):
+        runner(tmp_path / "work").run("stage", tasks(source, 1), full)
+
+
+def test_one_engine_in_a_work_directory(tmp_path: Path) -> None:
+    with LocalEngine(1, tmp_path):
+        with pytest.raises(BusyError, match="another build is at work there"), LocalEngine(1, tmp_path):
+            pass
+    with LocalEngine(1, tmp_path):
+        pass

@@ -15,7 +15,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     corpus(tmp_path / "corpus", 70_000)
     assert main(["export-megatron", f"corpus={tmp_path}/corpus", f"out={tmp_path}/out"]) == 0
     given = [f"out={tmp_path}/back", f"tokenizer={tmp_path}/corpus"]
-    sources = f"+sources={{en: {{prefix: {tmp_path}/out/en, language: en, weight: 1/3}}}}"
+    sources = f"+sources={{en: {{prefix: {tmp_path}/out/en, language: en, weight: 4/3}}}}"
     assert main(["import-megatron", *given, "vocab_size=70000", sources]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["command"] == "import-megatron" and last["sources"]["en"]["documents"] == 21

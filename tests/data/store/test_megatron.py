@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from data.contract import Manifest, Source
 from data.errors import DataError, UsageError
@@ -24,6 +26,8 @@ from data.store.exchange import (
 )
 from data.store.manifest import FORMAT_VERSION, load_manifest, with_digest, write_manifest
 from data.store.megatron import read_indexed, write_indexed
+
+TOKENIZER = Tokenizer(BPE()).to_str()
 
 
 def expected_index(code: int, width: int, lengths: list[int], boundaries: list[int]) -> bytes:
@@ -41,7 +45,7 @@ def corpus(directory: Path, vocabulary: int, seed: int = 3) -> Manifest:
     """Two sources in several blocks, a tokenizer.json of any content."""
     rng = np.random.default_rng(seed)
     directory.mkdir()
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text(TOKENIZER)
     sources = []
     for name in ("en", "zh"):
         blocks, tokens = [], 0
@@ -114,11 +118,11 @@ def test_import_in_another_order_with_ends_and_sequences_joined(tmp_path: Path) 
     prefix = tmp_path / "out" / "en"
     prefix.parent.mkdir()
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/tokenizer.json").write_text("{}")
+    (tmp_path / "corpus/tokenizer.json").write_text(TOKENIZER)
     documents = [[10, 11, 12], [13], [14, 15]]
     (tmp_path / "out/en.bin").write_bytes(struct.pack("<6q", *range(10, 16)))
     (tmp_path / "out/en.idx").write_bytes(expected_index(5, 8, [2, 1, 1, 2], [0, 2, 3, 4]))
-    sources = {"en": ImportSourceConfig(str(prefix), "en", "1/2", 77)}
+    sources = {"en": ImportSourceConfig(str(prefix), "en", "3/2", 77)}
     report = import_megatron(imported(tmp_path, sources=sources, add_ends=True, shuffle=5, block_tokens=4))
     assert report["sources"]["en"] == {"documents": 3, "sequences": 4, "tokens": 12, "blocks": 2}
     manifest = load_manifest(tmp_path / "back")
@@ -127,7 +131,7 @@ def test_import_in_another_order_with_ends_and_sequences_joined(tmp_path: Path) 
     assert sorted(order) == [0, 1, 2] != order
     tokens = [token for block in manifest.sources[0].blocks for token in store.tokens(block).tolist()]
     assert tokens == [token for number in order for token in (0, *documents[number], 1)]
-    assert (manifest.sources[0].weight, manifest.sources[0].text_bytes) == ("1/2", 77)
+    assert (manifest.sources[0].weight, manifest.sources[0].text_bytes) == ("3/2", 77)
     with pytest.raises(DataError, match="document 0 runs from token 10 to 12, not from BOS 0 to EOS 1; add_ends=true"):
         import_megatron(imported(tmp_path, out=str(tmp_path / "other"), sources=sources))
     with pytest.raises(DataError, match="document 0 at offset 2: token 12, but the vocabulary has 12"):
@@ -137,7 +141,7 @@ def test_import_in_another_order_with_ends_and_sequences_joined(tmp_path: Path) 
 
 def test_negative_tokens_and_empty_documents_are_named(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/tokenizer.json").write_text("{}")
+    (tmp_path / "corpus/tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "out").mkdir()
     sources = {"en": ImportSourceConfig(str(tmp_path / "out/en"), "en")}
     for lengths, tokens, message in (
@@ -194,6 +198,24 @@ def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
         import_megatron(imported(tmp_path, vocab_size=9, pad_id=9, fim_ids=[3, 10]))
     with pytest.raises(UsageError, match="may hold only letters"):
         import_megatron(imported(tmp_path, sources={"../x": ImportSourceConfig("p", "en")}))
+    names = {"en": ImportSourceConfig("p", "en"), "EN": ImportSourceConfig("p", "en")}
+    for changes, message in (
+        ({"sources": names}, "en, EN differ only in case"),
+        ({"sources": {"en": ImportSourceConfig("", "en")}}, r"sources.en.prefix: found ''"),
+        ({"sources": {"en": ImportSourceConfig("/", "en")}}, r"sources.en.prefix: found '/'"),
+        ({"sources": {"en": ImportSourceConfig("p", "en", text_bytes=-1)}}, r"text_bytes: found -1"),
+        ({"sources": {"en": ImportSourceConfig("p", "en", "1/3")}}, "shares that sum to 1/3"),
+        ({"fim_ids": [3, 4]}, "fim_ids: found 2, allowed none or 3"),
+        ({"shuffle": 2**63}, "shuffle: found 9223372036854775808"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            import_megatron(imported(tmp_path, **changes))
+    (tmp_path / "words").write_text("no tokenizer")
+    with pytest.raises(DataError, match="words: not a tokenizer"):
+        import_megatron(imported(tmp_path, tokenizer=str(tmp_path / "words")))
+    (tmp_path / "three").write_text(Tokenizer(BPE({"a": 0, "b": 1, "c": 2}, [])).to_str())
+    with pytest.raises(DataError, match="three: the tokenizer has 3 entries, vocab_size is 2"):
+        import_megatron(imported(tmp_path, tokenizer=str(tmp_path / "three"), vocab_size=2, pad_id=1))
     with pytest.raises(DataError, match="tokenizer: no such file"):
         import_megatron(imported(tmp_path, tokenizer=str(tmp_path / "nothing")))
     with pytest.raises(DataError, match=r"en\.idx: cannot read the index"):

@@ -26,7 +26,7 @@ from data.store.manifest import (
     write_manifest,
 )
 from data.store.table import BLOCK_DTYPE, BlockTable, block_table, table_bytes, table_sha256
-from tests.data.synthetic import token_corpus
+from tests.data.synthetic import VOCABULARY, token_corpus
 
 
 def some_blocks(count: int) -> list[Block]:
@@ -214,3 +214,47 @@ def test_a_large_table_is_not_held_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < record_B.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": "nan"}, "source 'one': weight 'nan', need a rational above 0"),
+        ({"weight": "0"}, "weight '0', need"),
+        ({"weight": "-1"}, "weight '-1', need"),
+        ({"weight": "1/0"}, "weight '1/0', need"),
+        ({"weight": "1e999999999"}, "weight '1e999999999', need"),
+        ({"sources": ()}, "no sources"),
+        ({"bos_id": VOCABULARY}, f"bos_id is {VOCABULARY}, but the vocabulary has {VOCABULARY}"),
+        ({"pad_id": 10**30}, "pad_id is 1"),
+        ({"fim_ids": (3, 4, VOCABULARY)}, rf"fim_ids\[2\] is {VOCABULARY}, but"),
+        ({"fim_ids": (3, 4)}, "2 fim_ids, allowed none or 3"),
+        ({"vocab_size": 0}, "vocab_size 0, allowed 1 to"),
+        ({"vocab_size": 10**30}, "vocab_size 1"),
+    ],
+)
+def test_a_manifest_that_says_what_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    manifest = token_corpus(tmp_path, {"one": 5})
+    if "weight" in changes:
+        changes = {"sources": (replace(manifest.sources[0], **changes),)}
+    write_manifest(tmp_path, with_digest(replace(manifest, **changes)))
+    with pytest.raises(DataError, match=message) as error:
+        load_manifest(tmp_path)
+    assert str(tmp_path / MANIFEST_FILE) in str(error.value) and error.value.exit_code == 65
+
+
+@pytest.mark.parametrize("weight", ["1", "0.25", "1/3", "0.1", "12/100"])
+def test_weights_of_every_spelling(tmp_path: Path, weight: str) -> None:
+    manifest = token_corpus(tmp_path, {"one": 5})
+    write_manifest(tmp_path, with_digest(replace(manifest, sources=(replace(manifest.sources[0], weight=weight),))))
+    assert load_manifest(tmp_path).sources[0].weight == weight
+
+
+def test_names_that_differ_only_in_case(tmp_path: Path) -> None:
+    manifest = token_corpus(tmp_path, {"one": 5})
+    other = replace(
+        manifest.sources[0], name="ONE", blocks=[replace(b, source="ONE") for b in manifest.sources[0].blocks]
+    )
+    write_manifest(tmp_path, with_digest(replace(manifest, sources=(*manifest.sources, other))))
+    with pytest.raises(DataError, match="differ only in case: one, ONE"):
+        load_manifest(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -100,6 +101,10 @@ def test_wrong_plans_are_refused(tmp_path: Path) -> None:
     refused("needed")
     write(sha256="0" * 64)
     refused("sha256 is")
+    for content in (b"", b"PK\x03\x04"):
+        write(sha256=hashlib.sha256(content).hexdigest())
+        header.with_suffix(".npy").write_bytes(content)
+        refused("damaged plan")
     for content in ("{}", "[1]", "{", '{"version": 1}'):
         header.write_text(content)
         refused("plan")

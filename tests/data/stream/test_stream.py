@@ -249,8 +249,29 @@ def test_wrong_settings_are_named(corpus: Path) -> None:
         stream(corpus, weights={"one": "1/2", "two": "1/3"})
     with pytest.raises(UsageError, match="at least 2"):
         stream(corpus, length=1)
+    with pytest.raises(UsageError, match="found 16777217, need at least 2 and at most 16777216"):
+        stream(corpus, length=2**24 + 1)
+    for weight in ("1e400", "1e-9999"):
+        with pytest.raises(UsageError, match=r"repeat only after more than 10\^18 samples"):
+            stream(corpus, weights={"one": weight, "two": "1"})
+    for sample in (-1, 2**63, 10**30):
+        with pytest.raises(UsageError, match=f"sample: found {sample}, allowed 0 to"):
+            stream(corpus).place(sample)
+    with pytest.raises(UsageError, match=r"comes after some \d+ epochs; allowed 10000"):
+        stream(corpus, fim_rate=0.5).place(2**62)
     with pytest.raises(DataError, match="cannot read the manifest"):
         stream(corpus / "nowhere")
+
+
+def test_a_corpus_built_anew_is_not_mixed_with_the_old_one(tmp_path: Path) -> None:
+    for name in ("corpus", "anew"):
+        token_corpus(tmp_path / name, {"one": 40, "two": 40, "three": 40})
+    begun = stream(tmp_path / "corpus")
+    (tmp_path / "corpus").rename(tmp_path / "old")
+    (tmp_path / "anew").rename(tmp_path / "corpus")
+    with pytest.raises(DataError, match=r"blocks/.*: another corpus has taken the place of the one that was opened"):
+        begun.read(list(range(40)))
+    stream(tmp_path / "corpus").read(list(range(40)))
 
 
 def _save(path: Path, manifest: Manifest) -> None:
