@@ -65,8 +65,9 @@ def _run(config: DataConfig, console: Console, stages: list[str], before: tuple[
     out = Path(config.out)
     _check_given(config)
     work = Path(config.work or f"{config.out}.work")
-    if work.resolve() == out.resolve():
-        raise UsageError(f"work: found {work}, the same as out")
+    if out.resolve() in (work.resolve(), *work.resolve().parents):
+        raise UsageError(f"work: found {work}, which is out ({out}) or lies in it")
+    refuse_foreign(out, MANIFEST_FILE)
     with locked(out):
         refuse_foreign(out, MANIFEST_FILE)
         refuse_foreign(work, MARK_FILE)

@@ -13,9 +13,11 @@ from omegaconf import MISSING
 
 from data.clean.clean import CleanConfig, validate_clean
 from data.clean.thresholds import QualityConfig, chinese, english
+from data.contract import MAX_LENGTH, WEIGHT, WEIGHT_NEEDED
 from data.dedup.bands import SCOPES
 from data.errors import UsageError
 from data.sources.config import ReadConfig, validate_read
+from data.store.names import SOURCE_NAME
 
 MAX_WEIGHT_PERIOD = 100_000
 MAX_TIMES = 100
@@ -194,13 +196,9 @@ class BaselinesConfig:
 
 def parse_weight(text: str, where: str) -> Fraction:
     """A positive rational. `where` names the key in the error (UsageError)."""
-    try:
-        weight = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{where}: found '{text}', need a rational such as 3, 0.25 or 1/3") from None
-    if weight <= 0:
-        raise UsageError(f"{where}: found {text}, need more than 0")
-    return weight
+    if not WEIGHT.fullmatch(text):
+        raise UsageError(f"{where}: found '{text[:40]}', need {WEIGHT_NEEDED}")
+    return Fraction(text)
 
 
 def parse_weights(given: Mapping[str, str], where: str) -> dict[str, Fraction]:
@@ -234,7 +232,7 @@ def validate(config: DataConfig) -> None:
         ("store.partition_documents", config.store.partition_documents, 1, 2**40),
         ("engine.workers", config.engine.workers, 1, 1024),
         ("engine.shard_bytes", config.engine.shard_bytes, 1, 2**31),
-        *((f"store.plan_lengths.{i}", length, 2, 2**31) for i, length in enumerate(config.store.plan_lengths)),
+        *((f"store.plan_lengths.{i}", length, 2, MAX_LENGTH) for i, length in enumerate(config.store.plan_lengths)),
     ]
     problems += [
         f"{key}: found {found}, allowed {low} to {high}" for key, found, low, high in checks if not low <= found <= high
@@ -284,8 +282,8 @@ def _upsample_problems(upsample: Mapping[int, int]) -> list[str]:
 
 def _source_problems(name: str, source: SourceConfig) -> list[str]:
     problems = []
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        problems.append(f"sources: name '{name}' may hold only letters, digits, - and _")
+    if not SOURCE_NAME.fullmatch(name):
+        problems.append(f"sources: name '{name}' may hold only letters a to z, digits, - and _, at most 100")
     if not source.language.isalnum():
         problems.append(f"sources.{name}.language: found '{source.language}', need a code such as en, or auto")
     if not source.path and not source.paths:

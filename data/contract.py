@@ -12,6 +12,7 @@ i + k + 1; its label is IGNORE unless both lie in the same document piece as i.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ from data.errors import DataError
 from data.store.names import block_stem
 
 IGNORE = -100
+MAX_LENGTH = 1 << 24  # of a sequence; a mistyped one must not ask for all memory
+# What a weight may be. No exponents: to work out 1e999999999 takes all memory.
+WEIGHT = re.compile(r"(?=[0.]*[1-9])[0-9]{1,20}(\.[0-9]{1,20}|/0{0,19}[1-9][0-9]{0,19})?")
+WEIGHT_NEEDED = "a rational above 0 such as 3, 0.25 or 1/3, at most 20 digits a number"
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,16 @@ class StreamState:
         if value.get("version") != STATE_VERSION:
             raise DataError(f"stream state has version {value.get('version')}, this program reads {STATE_VERSION}")
         try:
-            return StreamState(**value)
+            state = StreamState(**value)
         except TypeError as error:
             raise DataError(f"damaged stream state: {error}") from None
+        counts = [state.sample, *state.per_source] if isinstance(state.per_source, list) else [None]
+        if any(type(count) is not int or count < 0 for count in counts) or type(state.seed) is not int:
+            raise DataError("damaged stream state: sample, per_source and seed must be whole numbers, counts from 0")
+        for name in ("manifest_digest", "stage", "stream_digest"):
+            if not isinstance(getattr(state, name), str):
+                raise DataError(f"damaged stream state: {name} must be text")
+        return state
 
 
 class TokenStream(Protocol):

@@ -34,7 +34,7 @@ class InspectConfig:
     sample: int = 0
     length: int = 4096
     seed: int = 0
-    weights: dict[str, str] | None = None
+    weights: dict[str, str] = field(default_factory=dict)
     fim_rate: float = 0.0
     characters: int = 400
 
@@ -142,13 +142,15 @@ def document_runs(length: int, fim: tuple[int, int, int] | None) -> list[tuple[s
 
 def inspect(config: InspectConfig, console: Console) -> dict[str, Any]:
     """Print one sample; returns it as JSON gives it. Errors: UsageError, DataError."""
+    if config.characters < 0:
+        raise UsageError(f"characters: found {config.characters}, need at least 0")
     stream = open_stream(
         config.data,
         config.length,
         mtp_depth=0,
         seed=config.seed,
         stage="inspect",
-        weights=config.weights,
+        weights=config.weights or None,
         fim_rate=config.fim_rate,
         verify=False,
     )

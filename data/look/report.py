@@ -25,6 +25,7 @@ from data.look.html import Picture, html_page, picture_section, table_section
 from data.publish import make_directory, write_file
 from data.store.blocks import BlockStore
 from data.store.manifest import load_manifest
+from data.tokenizer import load_tokenizer
 
 REPORT_FILE = "report.json"
 EXAMPLES_FILE, REMOVED_FILE = "dedup/examples.json", "dedup/removed.parquet"
@@ -68,11 +69,16 @@ def report(config: ReportConfig) -> dict[str, Any]:
     directory = Path(config.data)
     out = Path(config.out) if config.out else directory / "report"
     corpus = read_corpus(directory, {name: Path(folder) for name, folder in config.tokenizers.items()})
-    pictures = draw(corpus)
+    try:
+        pictures = draw(corpus)
+        content = page(directory.name, corpus, pictures)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        left = f"{directory / REPORT_FILE} or {EXAMPLES_FILE}"
+        raise DataError(f"{left}: not as a build of this version leaves them: {type(error).__name__} {error}") from None
     make_directory(out)
     for picture in pictures:
         write_file(out / f"{picture.name}.png", picture.png)
-    write_file(out / "index.html", page(directory.name, corpus, pictures).encode())
+    write_file(out / "index.html", content.encode())
     return {
         "page": str(out / "index.html"),
         "pictures": [picture.name for picture in pictures],
@@ -84,6 +90,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 def read_corpus(directory: Path, tokenizers: Mapping[str, Path]) -> Corpus:
     """Errors: DataError for a corpus that is none, or tokenizers that cannot be read."""
     manifest = load_manifest(directory)
+    load_tokenizer(directory, manifest.tokenizer_sha256)
     store = BlockStore(directory, manifest)
     lengths = {
         source.name: np.concatenate([np.diff(store.offsets(block)) for block in source.blocks])

@@ -28,9 +28,9 @@ FOLDER = "decontaminated"
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """files: (name, form, compression) of each input."""
+    """files: (name, bytes, form, compression) of each input."""
 
-    files: tuple[tuple[str, str, str], ...]
+    files: tuple[tuple[str, int, str, str], ...]
     ngram: int
     read: ReadConfig
 
@@ -61,7 +61,9 @@ def drop_contaminated(runner: Runner, shards: Mapping[str, list[Done]], config: 
     """
     files = [file for path in config.paths for file in list_files(path)]
     settings = BenchmarkSettings(
-        tuple((file.name, file.form, file.compression) for file in files), config.ngram, config.read.config()
+        tuple((file.name, file.bytes, file.form, file.compression) for file in files),
+        config.ngram,
+        config.read.config(),
     )
     inputs = tuple(file.path for file in files)
     task = Task("decontaminate/benchmarks", "benchmarks", inputs, settings)
@@ -86,8 +88,8 @@ def index_benchmarks(task: Task, directory: Path) -> Counts:
     """The n-grams of all benchmark texts. Counts: texts, and those too short to be looked for."""
     settings = task.settings
     texts: dict[str, str] = {}
-    for path, (name, form, compression) in zip(task.inputs, settings.files, strict=True):
-        file = SourceFile(path, name, 0, form, compression)
+    for path, (name, size, form, compression) in zip(task.inputs, settings.files, strict=True):
+        file = SourceFile(path, name, size, form, compression)
         for batch, _ in read_batches(file, "decontaminate", "", None, BATCH_DOCUMENTS, settings.read):
             for identity, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
                 texts[f"{name}:{identity}"] = text

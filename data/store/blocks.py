@@ -30,7 +30,7 @@ from data.store.files import (
     TOKEN_DTYPE,
     check_digest,
     check_size,
-    ids_bytes,
+    identities_bytes,
     index_bytes,
 )
 from data.store.location import LocalLocation, Location, open_location
@@ -84,6 +84,9 @@ def write_block(
     files = {".bin": tokens_N.tobytes(), ".npy": buffer.getvalue()}
     if held:
         files[".ids.json"] = canonical_json(held)
+        if len(files[".ids.json"]) > (limit := identities_bytes(len(documents))):
+            found = len(files[".ids.json"])
+            raise DataError(f"{where}: identities take {found} bytes, allowed {limit} for {len(documents)} documents")
     make_directory((directory / where).parent)
     for suffix, content in files.items():
         write_file(directory / f"{where}{suffix}", content)
@@ -134,7 +137,7 @@ class BlockStore:
         where = self.location.shown(block.ids_file)
         if not block.ids_sha256:
             raise DataError(f"{where}: this corpus was made without identities of its documents")
-        with self._file(block.ids_file, block.ids_sha256, ids_bytes(block)) as file:
+        with self._file(block.ids_file, block.ids_sha256, identities_bytes(block.documents)) as file:
             try:
                 found = _identities(json.load(file), block.documents)
             except (ValueError, RecursionError) as error:

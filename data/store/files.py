@@ -24,9 +24,9 @@ def index_bytes(block: Block) -> int:
     return INDEX_HEADER_BYTES + 8 * (block.documents + 1)
 
 
-def ids_bytes(block: Block) -> int:
-    """Bytes that a block's `.ids.json` may have at most."""
-    return IDENTITY_FRAME_BYTES + block.documents * IDENTITY_BYTES
+def identities_bytes(documents: int) -> int:
+    """Bytes that the `.ids.json` of a block of so many documents may have at most."""
+    return IDENTITY_FRAME_BYTES + documents * IDENTITY_BYTES
 
 
 def block_files(block: Block) -> list[tuple[str, str, int]]:
@@ -36,7 +36,7 @@ def block_files(block: Block) -> list[tuple[str, str, int]]:
         (block.index_file, block.index_sha256, index_bytes(block)),
     ]
     if block.ids_sha256:
-        files.append((block.ids_file, block.ids_sha256, ids_bytes(block)))
+        files.append((block.ids_file, block.ids_sha256, identities_bytes(block.documents)))
     return files
 
 

@@ -5,13 +5,12 @@ the block tables included, so it names the data to the byte.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from data.contract import Manifest, Source
+from data.contract import WEIGHT, WEIGHT_NEEDED, Manifest, Source
 from data.errors import DataError
 from data.hashing import json_sha256
 from data.publish import make_directory, write_file
@@ -25,8 +24,6 @@ FORMAT_VERSION = 3
 MANIFEST_BYTES = 1 << 24
 MAX_VOCABULARY = 1 << 31
 FIM_IDS = 3
-# No exponents: to work out 1e999999999 takes all memory.
-WEIGHT = re.compile(r"(?=[0.]*[1-9])[0-9]{1,20}(\.[0-9]{1,20}|/0{0,19}[1-9][0-9]{0,19})?")
 SOURCE_TYPES = {"name": str, "language": str, "documents": int, "tokens": int, "text_bytes": int, "weight": str}
 MANIFEST_TYPES = {
     "tokenizer_sha256": str, "vocab_size": int, "bos_id": int, "eos_id": int, "pad_id": int, "digest": str
@@ -144,8 +141,7 @@ def _source(location: Location, where: str, content: dict[str, Any]) -> Source:
     if unknown := sorted(set(content) - {"blocks", "table_sha256", *SOURCE_TYPES}):
         raise KeyError(f"unknown key {unknown[0]}")
     if not WEIGHT.fullmatch(values["weight"]):
-        needed = "a rational above 0 such as 3, 0.25 or 1/3, at most 20 digits a number"
-        raise DataError(f"{where}: source '{values['name']}': weight {values['weight'][:40]!r}, need {needed}")
+        raise DataError(f"{where}: source '{values['name']}': weight {values['weight'][:40]!r}, need {WEIGHT_NEEDED}")
     name = table_file(values["name"])
     limit = HEADER_BYTES + blocks * BLOCK_DTYPE.itemsize
     with location.open(name, sha256, limit) as file:

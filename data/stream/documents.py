@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.contract import Source
+from data.contract import MAX_LENGTH, Source
 from data.errors import UsageError
 from data.hashing import key64
 from data.store.table import block_table
@@ -18,7 +18,6 @@ from data.stream.fim import ADDED, draw_fim
 
 NO_LIMIT = 2**31 - 1
 # A block of the usual size; packing takes memory by the length of a sequence.
-MAX_LENGTH = 1 << 24
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,6 +245,9 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
     (damaged / "manifest.json").write_bytes(
         (damaged / "manifest.json").read_bytes().replace(b'"documents": ', b'"documents": 1', 1)
     )
+    told = tmp_path / "told"
+    shutil.copytree(built[0].out, told)
+    (told / "report.json").write_text("{}")
     lock = (tmp_path / ".busy.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
@@ -251,6 +255,7 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         zh = f"sources.zh.path={given['zh'].path}"
         return ["build", f"out={tmp_path / 'bad'}", f"sources.en.path={tmp_path / name}", zh]
 
+    long = "n" * 101
     cases: list[tuple[int, str, list[str]]] = [
         (65, f"latin.jsonl is not UTF-8: byte 0xe9 at offset {len(han) + 24}", source("latin.jsonl")),
         (65, "no such file", source("nowhere.jsonl")),
@@ -278,6 +283,18 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (64, "dedup.upsample.9: found 2 times, need more than the 2 of", ["build", "+dedup.upsample={2: 2, 9: 2}"]),
         (64, "heldout_share: found 1.5", ["build", "heldout_share=1.5", "tokenizer.vocab_size=5"]),
         (64, "sources.en.weight: found 'much'", ["build", "sources.en.weight=much"]),
+        (64, "sources.en.weight: found '1e999999999', need a rational", ["build", "sources.en.weight='1e999999999'"]),
+        (
+            64,
+            "may hold only letters a to z, digits, - and _, at most 100",
+            ["build", f"+sources.{long}.path=x", f"+sources.{long}.language=en"],
+        ),
+        (64, "store.plan_lengths.0: found 2147483648", ["build", "store.plan_lengths=[2147483648]"]),
+        (64, "inside/work, which is out", [*source("en.jsonl"), f"work={tmp_path / 'bad' / 'inside' / 'work'}"]),
+        (64, "characters: found -1", ["inspect", f"data={built[0].out}", "characters=-1"]),
+        (64, "unknown sources fr; found", ["inspect", f"data={built[0].out}", "+weights.fr=1"]),
+        (65, "not as a build of this version leaves them", ["report", f"data={told}", f"out={tmp_path / 'page'}"]),
+        (65, "another tokenizer than the data's", ["report", f"data={swapped}", f"out={tmp_path / 'page'}"]),
         (64, "shares that sum to 9/10, need 1", ["build", "sources.en.weight=0.7", "sources.zh.weight=0.2"]),
         (64, "repeat only after", ["build", "sources.en.weight=999983", "sources.zh.weight=999979"]),
         (64, "no configuration 'dmo'", ["build", "config=dmo"]),

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.contract import Block
 from data.errors import DataError, UnavailableError, UsageError
 from data.sources import decompress
 from data.sources.config import ReadConfig, validate_read
@@ -25,7 +24,7 @@ from data.sources.files import list_files, without_secrets
 from data.sources.lines import split_ranges
 from data.sources.read import Position, read_batches
 from data.sources.record import MAX_ID_BYTES
-from data.store.files import ids_bytes
+from data.store.files import identities_bytes
 from data.store.location import Remote, open_location
 from data.store.manifest import load_manifest
 
@@ -252,7 +251,7 @@ def test_numbers_too_long_and_nesting_too_deep_are_one_line(tmp_path: Path) -> N
 def test_identities_that_no_block_could_hold_or_that_steer_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     longest = '"' * MAX_ID_BYTES
-    assert 2 + len(json.dumps(longest)) <= ids_bytes(Block("s", 0, 1, 1, "", "", ""))
+    assert 2 + len(json.dumps(longest)) <= identities_bytes(1)
     for identity, message in (
         ("\u00e9" * (MAX_ID_BYTES // 2 + 1), f"id of {MAX_ID_BYTES + 2} bytes, allowed {MAX_ID_BYTES}"),
         ("a\x1b[31m", "id holds control character 0x1b at character 1"),

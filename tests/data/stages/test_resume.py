@@ -189,6 +189,12 @@ def test_benchmark_texts_are_kept_out(corpus: Corpus, tmp_path: Path) -> None:
     again = settings(tmp_path / "again", split_files(tmp_path, seed=5), shard_bytes=7_000)
     again.decontaminate.paths = config.decontaminate.paths
     assert build(again, QUIET)["files"][CONTAMINATED] == report["files"][CONTAMINATED]
+    # What a file may hold depends on its size, also of benchmarks.
+    rows = {"id": [d.id for d in asked], "text": [d.text for d in asked]}
+    pq.write_table(pa.table(rows), tmp_path / "benchmark.parquet")
+    again.decontaminate.paths = [str(tmp_path / "benchmark.parquet")]
+    again.decontaminate.read.slack_bytes = 1
+    assert build(again, QUIET)["steps"]["benchmarks"]["en"]["dropped_documents"] == 3
 
 
 def test_a_source_of_several_languages(corpus: Corpus, tmp_path: Path) -> None:

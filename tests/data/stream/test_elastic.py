@@ -136,6 +136,11 @@ def test_state_is_small_and_versioned(tmp_path: Path) -> None:
         StreamState.from_json(old)
     with pytest.raises(DataError, match="damaged stream state"):
         StreamState.from_json({"version": state.version, "seed": 1})
+    for key, value in (("sample", "x"), ("sample", -1), ("per_source", [1, "2"]), ("per_source", 3), ("seed", None)):
+        with pytest.raises(DataError, match="damaged stream state: sample, per_source and seed must be whole numbers"):
+            StreamState.from_json({**json.loads(text), key: value})
+    with pytest.raises(DataError, match="damaged stream state: stage must be text"):
+        StreamState.from_json({**json.loads(text), "stage": 5})
 
 
 def test_other_settings_are_refused(corpus: Path) -> None:

@@ -251,7 +251,10 @@ def test_wrong_settings_are_named(corpus: Path) -> None:
         stream(corpus, length=1)
     with pytest.raises(UsageError, match="found 16777217, need at least 2 and at most 16777216"):
         stream(corpus, length=2**24 + 1)
-    for weight in ("1e400", "1e-9999"):
+    for weight in ("1e400", "1e999999999", "-1", "0", "0.0", "1/0", "nan"):
+        with pytest.raises(UsageError, match=f"weight of one: found '{weight}', need a rational above 0"):
+            stream(corpus, weights={"one": weight, "two": "2"})
+    for weight in ("1/9999999999999999999", "98765432109876543211"):
         with pytest.raises(UsageError, match=r"repeat only after more than 10\^18 samples"):
             stream(corpus, weights={"one": weight, "two": "1"})
     for sample in (-1, 2**63, 10**30):
