@@ -111,7 +111,7 @@ class DedupConfig:
     bands: int = 14
     rows: int = 8
     threshold: float = 0.7
-    seed: int = 1
+    seed: int = 8
     scope: str = "global"
     earlier: str = ""
     keep_index: bool = True
