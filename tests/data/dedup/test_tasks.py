@@ -118,8 +118,9 @@ def test_documents_of_an_earlier_corpus_go(corpus: list[Document], tmp_path: Pat
     assert len(earlier) == outcome.counts["earlier"] > 20
     assert all((row["kept_source"], row["kept_id"]) in survivors for row in earlier)
     # What stays is like nothing that stayed before; what is like something is gone.
+    # Bands find nine of ten copies at a Jaccard of 0.8, and hardly miss one at 0.85.
     for source, id_ in here:
-        assert max(jaccard(shingles(text[source, id_], 5), shingles(text[other], 5)) for other in survivors) < 0.75
+        assert max(jaccard(shingles(text[source, id_], 5), shingles(text[other], 5)) for other in survivors) < 0.85
     direct = [row for row in earlier if (row["like_source"], row["like_id"]) in survivors]
     for row in direct:
         exact = jaccard(
