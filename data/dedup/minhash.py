@@ -153,7 +153,7 @@ def shingle_sets(texts: Sequence[str], size: int) -> list[np.ndarray]:
 
 def signatures(texts: Sequence[str], parameters: MinHash) -> np.ndarray:
     """Signatures uint64 [D, P]. A text without tokens gets all ones (2^64 - 1) and never enters a band. A pure
-    function of each text. Memory beyond the result: some 40 bytes for each character of the longest text.
+    function of each text. Memory beyond the result: some 45 bytes for each character of the longest text.
     """
     signature_DP = np.empty((len(texts), parameters.permutations), dtype=UINT64)
     for first, last in _batches(texts):

@@ -69,16 +69,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
     directory = Path(config.data)
     out = Path(config.out) if config.out else directory / "report"
     corpus = read_corpus(directory, {name: Path(folder) for name, folder in config.tokenizers.items()})
-    try:
-        pictures = draw(corpus)
-        content = page(directory.name, corpus, pictures)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        left = f"{directory / REPORT_FILE} or {EXAMPLES_FILE}"
-        raise DataError(f"{left}: not as a build of this version leaves them: {type(error).__name__} {error}") from None
+    pictures = draw(corpus)
     make_directory(out)
     for picture in pictures:
         write_file(out / f"{picture.name}.png", picture.png)
-    write_file(out / "index.html", content.encode())
+    write_file(out / "index.html", page(directory.name, corpus, pictures).encode())
     return {
         "page": str(out / "index.html"),
         "pictures": [picture.name for picture in pictures],
@@ -97,6 +92,11 @@ def read_corpus(directory: Path, tokenizers: Mapping[str, Path]) -> Corpus:
         for source in manifest.sources
     }
     told, examples = _json(directory / REPORT_FILE), _json(directory / EXAMPLES_FILE)
+    if not isinstance(told, dict) or not {"steps", "languages", "plan_lengths", "dropped"} <= set(told):
+        raise DataError(f"{directory / REPORT_FILE}: not as a build of this version leaves it; build it again")
+    shown = {"kind", "removed", "kept", "jaccard", "difference"}
+    if not isinstance(examples, list) or not all(isinstance(one, dict) and shown <= set(one) for one in examples):
+        raise DataError(f"{directory / EXAMPLES_FILE}: not as a build of this version leaves it; build it again")
     try:
         removed = pq.read_table(directory / REMOVED_FILE)
     except (OSError, pa.ArrowException) as error:

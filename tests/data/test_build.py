@@ -293,7 +293,7 @@ def test_bad_input_is_one_line_with_its_exit_code(built: tuple[DataConfig, dict[
         (64, "inside/work, which is out", [*source("en.jsonl"), f"work={tmp_path / 'bad' / 'inside' / 'work'}"]),
         (64, "characters: found -1", ["inspect", f"data={built[0].out}", "characters=-1"]),
         (64, "unknown sources fr; found", ["inspect", f"data={built[0].out}", "+weights.fr=1"]),
-        (65, "not as a build of this version leaves them", ["report", f"data={told}", f"out={tmp_path / 'page'}"]),
+        (65, "report.json: not as a build of this", ["report", f"data={told}", f"out={tmp_path / 'page'}"]),
         (65, "another tokenizer than the data's", ["report", f"data={swapped}", f"out={tmp_path / 'page'}"]),
         (64, "shares that sum to 9/10, need 1", ["build", "sources.en.weight=0.7", "sources.zh.weight=0.2"]),
         (64, "repeat only after", ["build", "sources.en.weight=999983", "sources.zh.weight=999979"]),

@@ -100,13 +100,14 @@ def test_scopes_keep_copies_of_another_language_or_dump(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [[], [3, 50]])
 def test_documents_of_an_earlier_corpus_go(corpus: list[Document], tmp_path: Path, sizes: list[int]) -> None:
     words = [f"w{i}" for i in range(400)]
-    chain = [Document(f"chain{i}", " ".join(words[30 * i : 30 * i + 300]), "en", "en") for i in range(3)]
+    chain = [Document(f"chain{i}", " ".join(words[50 * i : 50 * i + 300]), "en", "en") for i in range(3)]
     old = [*corpus[::2], chain[0]]
     new = [Document(f"new/{d.id}", d.text, d.source, d.language) for d in [*corpus[1::2], corpus[0], *chain[1:]]]
-    first = run_dedup(tmp_path / "old", write_shards(tmp_path / "in_old", old, [20]), DedupSettings())
+    minhash = MinHash(bands=28, rows=4)  # misses no copy at any seed
+    first = run_dedup(tmp_path / "old", write_shards(tmp_path / "in_old", old, [20]), DedupSettings(minhash))
     shards = write_shards(tmp_path / "in", new, sizes)
     index = Path(first.index[0]).parent
-    settings = DedupSettings(threshold=0.6)
+    settings = DedupSettings(minhash, threshold=0.6)
     alone = kept(run_dedup(tmp_path / "alone", shards, settings))
     outcome = run_dedup(tmp_path / "new", shards, settings, earlier=index)
     here = kept(outcome)
@@ -118,9 +119,8 @@ def test_documents_of_an_earlier_corpus_go(corpus: list[Document], tmp_path: Pat
     assert len(earlier) == outcome.counts["earlier"] > 20
     assert all((row["kept_source"], row["kept_id"]) in survivors for row in earlier)
     # What stays is like nothing that stayed before; what is like something is gone.
-    # Bands find nine of ten copies at a Jaccard of 0.8, and hardly miss one at 0.85.
     for source, id_ in here:
-        assert max(jaccard(shingles(text[source, id_], 5), shingles(text[other], 5)) for other in survivors) < 0.85
+        assert max(jaccard(shingles(text[source, id_], 5), shingles(text[other], 5)) for other in survivors) < 0.75
     direct = [row for row in earlier if (row["like_source"], row["like_id"]) in survivors]
     for row in direct:
         exact = jaccard(
